@@ -1,0 +1,79 @@
+"""Everything evenshard raises on purpose; each message says what was expected, what was found, where, and what to do.
+
+    EvenshardError                 exit code 1
+    |-- UsageError                 exit code 2: the call itself is wrong (also a ValueError)
+    |   |-- ConfigError            a build file: unknown key, bad value
+    |   |-- PolicyError            targets that these counts cannot give
+    |   `-- StateError             a loader state from another manifest, seed or rule
+    |-- SourceError                the source is missing, empty, or ambiguous
+    |-- StoreError                 storage refused: not writable, no space, not found
+    |   |-- NotFoundError
+    |   `-- AlreadyExistsError     create-only write met a file
+    |-- IntegrityError             bytes differ from their recorded checksum
+    |-- CommitError                a snapshot was not published
+    |   `-- LostRaceError          another build published this number first
+    |-- EngineError                Ray could not finish a unit
+    `-- MissingExtraError          an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+
+class EvenshardError(Exception):
+    """Base of every deliberate error. ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(EvenshardError, ValueError):
+    """The call is wrong; nothing was tried."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A build file or option is invalid."""
+
+
+class PolicyError(UsageError):
+    """A policy cannot be applied to these class counts."""
+
+
+class StateError(UsageError):
+    """A loader state does not belong to this manifest, seed or epoch rule."""
+
+
+class SourceError(EvenshardError):
+    """The source cannot be listed, or its labels are ambiguous."""
+
+
+class StoreError(EvenshardError):
+    """Storage refused an operation."""
+
+
+class NotFoundError(StoreError):
+    """A file that a snapshot names, or a snapshot, is not there."""
+
+
+class AlreadyExistsError(StoreError):
+    """A create-only write met an existing file."""
+
+
+class IntegrityError(EvenshardError):
+    """Bytes do not match the checksum recorded for them."""
+
+
+class CommitError(EvenshardError):
+    """A build was not published."""
+
+
+class LostRaceError(CommitError):
+    """Another build published this snapshot number first."""
+
+
+class EngineError(EvenshardError):
+    """A unit of work failed for good."""
+
+
+class MissingExtraError(EvenshardError):
+    """An optional dependency is needed; the message names the extra to install."""
