@@ -1,0 +1,320 @@
+"""Two kinds of storage behind one protocol. Paths are relative to the root and already checked; errors are raw."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from contextlib import suppress
+from typing import Any, Protocol
+
+from pipeline.errors import MissingExtraError, StoreError, UsageError
+from pipeline.store.messages import redact
+
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not block the reader
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+class Backend(Protocol):
+    """What a kind of storage must do."""
+
+    root: str
+
+    def read(self, path: str) -> bytes: ...
+    def read_range(self, path: str, offset: int, length: int) -> bytes: ...  # fewer bytes only at the end of the file
+    def size(self, path: str) -> int | None: ...  # None: no such file
+    def list(self, prefix: str) -> list[str]: ...
+    def top_names(self) -> list[str] | None: ...  # None: no such root
+    def make_root(self) -> None: ...  # and prove that it is writable
+    def create(self, path: str, data: bytes) -> None: ...  # FileExistsError if the name is taken, atomically
+    def create_from(self, path: str, local_file: str) -> None: ...
+    def settle(self, path: str) -> None: ...  # make an existing file durable
+    def replace(self, path: str, data: bytes) -> None: ...
+    def remove(self, path: str) -> None: ...
+    def staging_dir(self) -> str: ...
+    def creates_atomically(self) -> bool: ...
+
+
+class LocalBackend:
+    """A directory. Creation: temporary file in staging/, fsync, link(2), which never replaces, fsync of the directory.
+
+    fsspec's exclusive create is not used here: it looks first and then writes, and two of four racers have won.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._durable: set[str] = set()  # directories whose own entry this process has fsynced
+
+    def read(self, path: str) -> bytes:
+        with open(open_regular(self._at(path)), "rb", buffering=0) as file:
+            return file.read()
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        with open(open_regular(self._at(path)), "rb", buffering=0) as file:
+            return read_fully(file.fileno(), offset, length)
+
+    def size(self, path: str) -> int | None:
+        try:
+            found = os.lstat(self._at(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def list(self, prefix: str) -> list[str]:
+        top = self._at(prefix) if prefix else self.root
+        return sorted(
+            os.path.relpath(os.path.join(directory, name), self.root)
+            for directory, _, names in os.walk(top, onerror=_raise_unless_absent)
+            for name in names
+        )
+
+    def top_names(self) -> list[str] | None:
+        try:
+            return os.listdir(self.root)
+        except FileNotFoundError:
+            return None
+
+    def make_root(self) -> None:
+        self._make_directory(self._staging())
+        os.unlink(self._write_temporary(b""))
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(data)
+        try:
+            self._link(temporary, path)
+        finally:
+            remove_if_there(temporary)
+
+    def create_from(self, path: str, local_file: str) -> None:
+        here = os.stat(local_file).st_dev == os.stat(self.root).st_dev
+        temporary = local_file if here else self._copy_to_staging(local_file)
+        try:
+            _fsync(temporary)
+            self._link(temporary, path)
+        finally:
+            if not here:
+                remove_if_there(temporary)
+        remove_if_there(local_file)
+
+    def settle(self, path: str) -> None:
+        """Whoever made the file may have died before the fsync of its directory entry."""
+        directory = os.path.dirname(self._at(path))
+        self._make_directory(directory)
+        _fsync(directory)
+
+    def replace(self, path: str, data: bytes) -> None:
+        temporary = self._write_temporary(data)
+        try:
+            self._make_directory(os.path.dirname(self._at(path)))
+            os.replace(temporary, self._at(path))
+        finally:
+            remove_if_there(temporary)
+        _fsync(os.path.dirname(self._at(path)))
+
+    def remove(self, path: str) -> None:
+        os.unlink(self._at(path))
+
+    def staging_dir(self) -> str:
+        directory = self._temporary_name()
+        os.mkdir(directory)
+        return directory
+
+    def creates_atomically(self) -> bool:
+        return True
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _staging(self) -> str:
+        return f"{self.root}/staging"
+
+    def _temporary_name(self) -> str:
+        self._make_directory(self._staging())
+        return f"{self._staging()}/{os.getpid()}-{uuid.uuid4().hex}"
+
+    def _write_temporary(self, data: bytes) -> str:
+        name = self._temporary_name()
+        try:
+            with open(os.open(name, _WRITE_FLAGS, 0o666), "wb", buffering=0) as file:
+                _write_fully(file.fileno(), data)
+                os.fsync(file.fileno())
+        except BaseException:
+            remove_if_there(name)
+            raise
+        return name
+
+    def _copy_to_staging(self, local_file: str) -> str:
+        return shutil.copyfile(local_file, self._temporary_name())
+
+    def _link(self, temporary: str, path: str) -> None:
+        final = self._at(path)
+        self._make_directory(os.path.dirname(final))
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            if not os.path.samestat(os.lstat(temporary), os.lstat(final)):  # NFS may lose the reply of a link it made
+                raise
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                raise StoreError(
+                    f"cannot create {final}: its file system refuses hard links ({error.strerror}), and without them "
+                    f"a file cannot be created whole and never overwritten; choose a ROOT on another file system"
+                ) from error
+            raise
+        _fsync(os.path.dirname(final))
+
+    def _make_directory(self, directory: str) -> None:
+        """With its parents, each durable before anything is put into it."""
+        if directory in self._durable:
+            return
+        if not os.path.isdir(directory) or len(directory) > len(self.root):
+            parent = os.path.dirname(directory)
+            self._make_directory(parent)
+            with suppress(FileExistsError):
+                os.mkdir(directory)
+            _fsync(parent)  # also if another process made it: that one may die before its own fsync
+        self._durable.add(directory)
+
+
+class RemoteBackend:
+    """An object store, or any other fsspec file system. Creation is a conditional write (S3: ``If-None-Match: *``)."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._process = os.getpid()
+        self._filesystem, self.root = _connect(url)
+
+    def read(self, path: str) -> bytes:
+        return self._fs().cat_file(self._at(path))
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        return self._fs().cat_file(self._at(path), start=offset, end=offset + length) if length else b""
+
+    def size(self, path: str) -> int | None:
+        try:
+            found = self._fs(fresh=True).info(self._at(path))
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found["type"] == "file" else None
+
+    def list(self, prefix: str) -> list[str]:
+        try:
+            found = self._fs(fresh=True).find(self._at(prefix) if prefix else self.root)
+        except FileNotFoundError:
+            return []
+        return sorted(name[len(self.root) + 1 :] for name in found)
+
+    def top_names(self) -> list[str] | None:
+        try:
+            found = self._fs(fresh=True).ls(self.root, detail=False)
+        except FileNotFoundError:
+            return None
+        if found == [self.root]:  # what fsspec answers for a file
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+
+    def make_root(self) -> None:
+        path = f"staging/{uuid.uuid4().hex}"
+        self.replace(path, b"")
+        self.remove(path)
+
+    def create(self, path: str, data: bytes) -> None:
+        self._fs().pipe_file(self._at(path), data, mode="create")
+
+    def create_from(self, path: str, local_file: str) -> None:
+        self._fs().put_file(local_file, self._at(path), mode="create")
+        remove_if_there(local_file)
+
+    def settle(self, path: str) -> None:
+        """An object that can be seen is durable."""
+
+    def replace(self, path: str, data: bytes) -> None:
+        self._fs().pipe_file(self._at(path), data)
+
+    def remove(self, path: str) -> None:
+        self._fs().rm_file(self._at(path))
+
+    def staging_dir(self) -> str:
+        return tempfile.mkdtemp(prefix="evenshard-")
+
+    def creates_atomically(self) -> bool:
+        """False where fsspec would only look first and then write: of two builds both could win."""
+        from fsspec.spec import AbstractFileSystem
+
+        filesystem = self._fs()
+        return bool(filesystem.async_impl) or type(filesystem).pipe_file is not AbstractFileSystem.pipe_file
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _fs(self, *, fresh: bool = False) -> Any:
+        if self._process != os.getpid():  # an event loop does not survive a fork
+            self._filesystem, _ = _connect(self._url)
+            self._process = os.getpid()
+        if fresh:
+            self._filesystem.invalidate_cache()  # a cached listing would hide what another build wrote
+        return self._filesystem
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    import fsspec.core
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise MissingExtraError(f"cannot open {redact(url)}: {error}; for S3: pip install 'evenshard[s3]'") from error
+    except ValueError as error:
+        raise UsageError(f"cannot open {redact(url)}: {redact(str(error))}") from None
+    return filesystem, str(root).rstrip("/")
+
+
+def open_regular(path: str) -> int:
+    """A descriptor for reading a plain file: no link is followed in its last name, no FIFO or device is opened."""
+    descriptor = os.open(path, _READ_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file")
+    return descriptor
+
+
+def read_fully(descriptor: int, offset: int, length: int) -> bytes:
+    """One pread, more only where the file system gives less than asked; short only at the end of the file."""
+    data = os.pread(descriptor, length, offset)
+    while 0 < len(data) < length:
+        more = os.pread(descriptor, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def remove_if_there(path: str) -> None:
+    """Remove a temporary file that may be gone already."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _write_fully(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
