@@ -1,0 +1,232 @@
+"""The commands: parse, call, print. Rooms are imported when a command runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeline.cli import show
+from pipeline.cli.progress import Reporter
+
+_Command = Callable[..., None]
+
+
+def _policy_pair(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``--manifest NAME=POLICY``, several times."""
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, separator, policy = value.partition("=")
+        if not separator or not name or not policy:
+            raise click.BadParameter(f"{value!r} is not NAME=POLICY, for example sqrt=power:alpha=0.5")
+        pairs[name] = policy
+    return pairs
+
+
+def _int_or_fraction(context: click.Context, parameter: click.Parameter, value: str | None) -> int | float | None:
+    if value is None:
+        return None
+    try:
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a count (20) nor a fraction (0.01)") from None
+
+
+def build_options(command: _Command) -> _Command:
+    """Every option of a build; shared by `evenshard build` and the jobs. Unset options leave the build file's value."""
+    options = (
+        click.argument("source", required=False),
+        click.argument("root", required=False),
+        click.option("--config", "config_file", metavar="FILE", help="YAML build file; flags override it."),
+        click.option("--label-from", type=click.Choice(["parent", "top", "path"]), help="Folder source: what the label is."),
+        click.option("--split-from", type=click.Choice(["none", "top"]), help="Folder source: top folders train/val/test."),
+        click.option("--images", metavar="URL", help="Table source: where its image paths start (default: beside it)."),
+        click.option("--path-column", metavar="NAME", help="Table source: column of image paths."),
+        click.option("--label-column", metavar="NAME", help="Table source: column of labels."),
+        click.option("--split-column", metavar="NAME", help="Table source: column of splits."),
+        click.option("--group-column", metavar="NAME", help="Table source: rows of one group stay in one split."),
+        click.option("--check", type=click.Choice(["decode", "header"]), help="How each image is checked."),
+        click.option("--shard-samples", type=int, metavar="N", help="Divide shards beyond this many images."),
+        click.option("--shard-bytes", type=int, metavar="N", help="Divide shards beyond this many image bytes."),
+        click.option("--max-rejects", callback=_int_or_fraction, metavar="N", help="Refuse to publish beyond: 20 or 0.01."),
+        click.option("--max-pixels", type=int, metavar="N", help="Reject larger images."),
+        click.option("--max-image-bytes", type=int, metavar="N", help="Reject larger files."),
+        click.option("--seed", type=int, metavar="N", help="Decides splits and shards; fixed for the life of a ROOT."),
+        click.option(
+            "--manifest", "manifests", multiple=True, callback=_policy_pair, metavar="NAME=POLICY",
+            help="A manifest beside the four defaults, for example sqrt=power:alpha=0.5.",
+        ),
+        click.option("--allow", multiple=True, metavar="GUARDRAIL", help="Waive a guardrail by name, e.g. class-vanished."),
+        click.option("--workers", type=int, metavar="N", help="Ray CPUs to use (default: all)."),
+        click.option("--address", metavar="ADDRESS", help="Ray cluster (default: $RAY_ADDRESS, else a local Ray)."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+        click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@build_options
+def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> None:
+    """Read the images of SOURCE once and publish the next snapshot of ROOT.
+
+    SOURCE is a folder (class = an image's own directory) or a table (CSV, TSV, Parquet, JSON Lines). Both may be
+    fsspec URLs. An image that cannot be used becomes a row of the rejects table, with its reason.
+    """
+    from pipeline.config import load_config, make_config
+    from pipeline.ingest.run import run_build
+
+    given = {name: value for name, value in flags.items() if value not in (None, (), {})}
+    config = make_config(load_config(config_file) if config_file else {}, **given)
+    with Reporter(quiet=quiet) as progress:
+        summary = run_build(config, progress=progress)
+    click.echo(json.dumps(_plain(summary), sort_keys=True) if as_json else show.build_summary(summary, config.root))
+
+
+def _plain(value: Any) -> Any:
+    from dataclasses import asdict
+
+    return asdict(value)
+
+
+@click.command()
+@click.argument("root")
+@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Count one split only.")
+@click.option("--rejects", "list_rejects", is_flag=True, help="List the rejected entries instead.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def stats(root: str, at: int | None, split: str | None, list_rejects: bool, as_json: bool) -> None:
+    """Class counts of a snapshot, and how imbalanced they are."""
+    from pipeline.ingest.stats import describe
+    from pipeline.snapshot import open_snapshot
+
+    snapshot = open_snapshot(root, at=at)
+    if list_rejects:
+        rows = snapshot.rejects
+        click.echo(json.dumps(rows.to_pylist(), indent=1) if as_json else show.rejects(rows))
+        return
+    classes = snapshot.classes
+    counts = classes[split or "count"].to_numpy()
+    sizes = classes[f"{split}_bytes" if split else "bytes"].to_pylist()
+    told = describe(counts)
+    rows = [
+        {"class_id": number, "name": name, "count": count, "share": count / max(told.num_images, 1), "bytes": size}
+        for number, (name, count, size) in enumerate(
+            zip(classes["name"].to_pylist(), counts.tolist(), sizes, strict=True)
+        )
+    ]
+    if as_json:
+        body = {"snapshot": snapshot.number, "split": split, "summary": _plain(told), "classes": rows}
+        click.echo(json.dumps(body, indent=1, ensure_ascii=False))
+        return
+    rows.sort(key=lambda row: (-row["count"], row["class_id"]))
+    shown = ((row["class_id"], row["name"], row["count"], f"{row['share']:.2%}", row["bytes"]) for row in rows)
+    click.echo(show.table(("class_id", "name", "count", "share", "bytes"), shown))
+    click.echo()
+    click.echo(show.description(told, f"snapshot {snapshot.number}, {split or 'all splits'}"))
+
+
+@click.command()
+@click.argument("root")
+@click.argument("name")
+@click.option("--policy", required=True, metavar="P", help="For example balanced:per_class=50 or power:alpha=0.5.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def manifest(root: str, name: str, policy: str, as_json: bool) -> None:
+    """Add manifest NAME to an existing build, without touching an image."""
+    from pipeline.ingest.manifests import add_manifest
+    from pipeline.plan.policy import parse
+
+    snapshot = add_manifest(root, name, parse(policy))
+    _print_manifests(snapshot, [name], as_json)
+
+
+@click.command()
+@click.argument("root")
+@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def manifests(root: str, at: int | None, as_json: bool) -> None:
+    """The manifests of a snapshot: draws, distinct images and largest repeat per epoch."""
+    from pipeline.snapshot import open_snapshot
+
+    snapshot = open_snapshot(root, at=at)
+    _print_manifests(snapshot, snapshot.manifests, as_json)
+
+
+def _print_manifests(snapshot: Any, names: Any, as_json: bool) -> None:
+    from pipeline.plan.policy import to_json
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        opened = snapshot.manifest(name)
+        drawn = opened.targets > 0
+        repeats = opened.targets[drawn] / opened.pool[drawn]
+        rows.append(
+            {
+                "name": name,
+                "policy": to_json(opened.document.policy),
+                "draws": opened.num_draws,
+                "distinct": int(opened.targets.clip(max=opened.pool).sum()),
+                "classes": int(drawn.sum()),
+                "smallest_target": int(opened.targets[drawn].min()),
+                "largest_target": int(opened.targets.max()),
+                "largest_repeat": float(repeats.max()),
+                "digest": opened.digest,
+            }
+        )
+    if as_json:
+        body = {"snapshot": snapshot.number, "manifests": rows}
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+        return
+    header = ("name", "draws", "distinct", "classes", "smallest", "largest", "largest repeat", "policy")
+    keys = ("name", "draws", "distinct", "classes", "smallest_target", "largest_target", "largest_repeat")
+    policies = (str(snapshot.manifest(row["name"]).document.policy) for row in rows)
+    click.echo(show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True))))
+    click.echo(f"\nsnapshot {snapshot.number}; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)")
+
+
+@click.command()
+@click.argument("root")
+@click.argument("manifest_name", metavar="MANIFEST")
+@click.argument("dest")
+@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the epoch function.")
+@click.option("--epoch", type=int, default=0, show_default=True, help="Which epoch to write.")
+@click.option("--shard-samples", type=int, default=2000, show_default=True, metavar="N", help="Draws per tar, at most.")
+@click.option("--workers", type=int, metavar="N", help="Ray CPUs to use (default: all).")
+@click.option("--address", metavar="ADDRESS", help="Ray cluster (default: $RAY_ADDRESS, else a local Ray).")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def export(
+    root: str, manifest_name: str, dest: str, at: int | None, seed: int, epoch: int, shard_samples: int,
+    workers: int | None, address: str | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Write one epoch of MANIFEST to DEST as resampled WebDataset tars, repeats included."""
+    from pipeline.export import export_cost, export_tars, plan_export
+    from pipeline.snapshot import open_snapshot
+
+    opened = open_snapshot(root, at=at).manifest(manifest_name)
+    plan = plan_export(opened, seed=seed, epoch=epoch, shard_samples=shard_samples)
+    cost = export_cost(opened, plan)
+    click.echo(
+        f"writes {show.num_bytes(cost.tar_bytes)} in {plan.num_shards:,} tars: {plan.num_draws:,} draws of "
+        f"{cost.num_distinct:,} distinct images ({show.num_bytes(cost.distinct_bytes)}); the loader needs none of this"
+    )
+    with Reporter(quiet=quiet) as progress:
+        done = export_tars(opened, dest, plan, workers=workers, address=address, progress=progress)
+    reused = f", {done.num_reused:,} of them were there before" if done.num_reused else ""
+    click.echo(f"wrote {done.num_draws:,} draws to {done.num_shards:,} tars in {show.safe(done.dest)}{reused}")
+    click.echo(f"read them with: webdataset.WebDataset({f'{dest}/{done.pattern}'!r}, shardshuffle=False)")
+
+
+@click.command()
+@click.argument("directory", metavar="[DIR]", default="evenshard-demo")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawings and the training.")
+@click.option("--quick", is_flag=True, help="A smaller set and fewer epochs, to see every step in half a minute.")
+def demo(directory: str, seed: int, quick: bool) -> None:
+    """Draw a long-tailed product set, build it, train on natural draws, fine-tune on balanced ones."""
+    from pipeline.demo.run import run_demo
+
+    run_demo(directory, seed=seed, quick=quick, echo=click.echo)

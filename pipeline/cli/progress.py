@@ -1,0 +1,85 @@
+"""Progress of a build: a live bar on a terminal, a line every few seconds elsewhere (job logs, CI)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task, TaskID
+from rich.text import Text
+
+LINE_EVERY_S = 5.0
+_VERBS = {
+    "list": "listing the source",
+    "read": "reading images",
+    "settle": "settling duplicates and splits",
+    "tables": "writing tables and manifests",
+    "commit": "publishing",
+    "export": "writing tars",
+    "draw": "drawing images",
+}
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} images/s")
+
+
+class Reporter:
+    """Use as a context manager; the instance is the ``progress`` callback of ``pipeline.build``."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._stage_start_s = self._last_line_s = 0.0
+        self._first_done = 0
+
+    def __enter__(self) -> Reporter:
+        if not self._quiet and sys.stderr.isatty():
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+            self._live = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if self._live is not None:
+            self._show_bar(self._live, stage, done, total)
+        else:
+            self._print_line(stage, done, total)
+
+    def _show_bar(self, live: Progress, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or self._task is None:
+            if self._task is not None:
+                live.remove_task(self._task)
+            self._stage = stage
+            self._task = live.add_task(_VERBS.get(stage, stage), total=total or None)
+        live.update(self._task, completed=done, total=total or None)
+
+    def _print_line(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_start_s, self._last_line_s, self._first_done = stage, now, now, done
+            if stage in ("list", "read", "export"):
+                told = f" ({total:,})" if total else ""
+                click.echo(f"{_VERBS.get(stage, stage)}{told}", err=True)
+            return
+        if now - self._last_line_s < LINE_EVERY_S:
+            return
+        self._last_line_s = now
+        rate = (done - self._first_done) / (now - self._stage_start_s)
+        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
+        click.echo(f"{_VERBS.get(stage, stage)}: {done:,} of {total:,}, {rate:,.0f} images/s{left}", err=True)

@@ -1,0 +1,15 @@
+"""Source -> snapshot. The building half; it never imports torch.
+
+In: a source (folder, table) and a build configuration. Out: immutable files below ROOT and one commit record.
+
+    source    entries -> references (one Arrow row each) and a reader
+    splits    references -> train / val / test, duplicates and groups kept together
+    shards    references -> deterministic tar + Arrow index, one pass over the bytes
+    stats     per-class counts and bytes; merges associatively
+    engine    runs units on Ray
+    commit    publishes, or publishes nothing
+    run       the rooms above, in order
+
+Guarantees: every entry is in exactly one shard row or one reject row (B1); the same inputs give the same bytes whatever
+the number of workers, order or kills (B2); readers see a whole snapshot or none (B4).
+"""

@@ -1,0 +1,141 @@
+"""Units of work on Ray: bounded window, retries, and errors that name the unit. The only module that imports Ray.
+
+Comes in: a function and its arguments, one tuple per unit. Goes out: results, in the order they finish. Guarantees: at
+most a few units per CPU are in flight; a crashed worker is retried by Ray, a failing storage call by us; what still
+fails ends the build by name. Results are small facts, never image bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from pipeline.errors import EngineError, EvenshardError, MissingExtraError, StoreError
+
+# `uv run` would otherwise make Ray package and upload the working directory for every driver.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ours use no GPU; this keeps Ray from announcing that it will stop hiding them.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+except ImportError as error:  # pragma: no cover - exercised by the base-install check
+    raise MissingExtraError("building needs Ray, which is not installed: pip install 'evenshard[build]'") from error
+
+WINDOW_PER_CPU = 3
+"""Enough that no worker waits for the driver, few enough that a failure stops the build early."""
+
+MAX_ATTEMPTS = 4
+_TRANSIENT = (OSError, StoreError)
+
+
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Run one unit inside a worker. Ray retries crashes, not exceptions, so storage trouble is retried here."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return function(*arguments)
+        except _TRANSIENT:
+            if attempt == MAX_ATTEMPTS:
+                raise
+            time.sleep(0.2 * 4 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+class Engine:
+    """A connection to a Ray cluster, or a private local Ray for the time of a ``with`` block."""
+
+    def __init__(self, *, address: str | None = None, workers: int | None = None) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._workers = workers
+        self._owns_ray = False
+
+    def __enter__(self) -> Engine:
+        if ray.is_initialized():
+            return self
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if self._address in (None, "local"):
+            # A plain init() would join whatever cluster runs on this machine.
+            options |= {
+                "address": "local",
+                "num_cpus": self._workers or os.cpu_count(),
+                "include_dashboard": False,
+                "object_store_memory": 128 << 20,  # units return facts, never bytes
+            }
+        else:
+            options["address"] = self._address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = self._address or "a local Ray"
+            raise EngineError(f"could not start or reach {where}: {error}") from error
+        self._owns_ray = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._owns_ray:
+            ray.shutdown()
+            self._owns_ray = False
+
+    def num_cpus(self) -> int:
+        """CPUs of the cluster now; nodes come and go."""
+        present = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return min(present, self._workers) if self._workers else present
+
+    def map(
+        self, function: Callable[..., Any], units: Iterable[tuple[str, tuple[Any, ...]]], *, idle: Callable[[], None]
+    ) -> Iterator[Any]:
+        """Yield ``function(*arguments)`` for each ``(name, arguments)``, as they finish; ``idle`` is called at least every second.
+
+        Errors: ``EngineError`` naming the unit; an ``EvenshardError`` of the function is raised as itself.
+        """
+        task = ray.remote(num_cpus=1, max_retries=3)(_attempt)
+        pending: dict[Any, str] = {}
+        waiting = iter(units)
+        exhausted = False
+        try:
+            while pending or not exhausted:
+                window = self._window()
+                while not exhausted and len(pending) < window:
+                    unit = next(waiting, None)
+                    if unit is None:
+                        exhausted = True
+                        break
+                    name, arguments = unit
+                    pending[task.remote(function, arguments)] = name
+                if not pending:
+                    break
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
+                idle()
+                for reference in ready:
+                    yield self._result(reference, pending.pop(reference))
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+
+    def _window(self) -> int:
+        # With an explicit number of workers on a larger cluster, the window itself is the limit.
+        cpus = self.num_cpus()
+        return cpus if self._workers and not self._owns_ray else cpus * WINDOW_PER_CPU
+
+    @staticmethod
+    def _result(reference: Any, name: str) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            cause = error.cause if hasattr(error, "cause") else None
+            if isinstance(cause, EvenshardError):
+                raise cause from None
+            raise EngineError(f"unit {name} failed after {MAX_ATTEMPTS} attempts: {cause or error}") from error
+        except RayError as error:
+            raise EngineError(
+                f"unit {name} lost its worker {4} times: {error}. "
+                "Finished units are kept: run the same command again to go on from here"
+            ) from error

@@ -1,0 +1,105 @@
+"""Class counts + policies -> the manifests of a snapshot.
+
+Comes in: the class table and the sample tables of a snapshot, and policies by name. Goes out: manifest files that no
+image is copied for. Guarantees: every rebuild derives the policies of its parent anew; adding one commits the next
+snapshot and touches no image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import PolicyError, UsageError
+from pipeline.ingest.commit import commit
+from pipeline.plan import policy as policies
+from pipeline.plan.manifest import ManifestDocument, encode
+from pipeline.plan.policy import Policy
+from pipeline.schema import TARGETS, FileRef, SnapshotRecord, manifest_path
+from pipeline.snapshot import Snapshot, open_snapshot, record_id
+from pipeline.store import Store, make_ref, put_table
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What manifests refer to."""
+
+    class_table: pa.Table
+    classes: FileRef
+    shards: FileRef
+    samples: Mapping[str, FileRef]
+
+
+def wanted_policies(extra: Mapping[str, Policy], parent: Snapshot | None) -> dict[str, Policy]:
+    """The defaults, then the parent's, then what this build asks for: later ones win."""
+    inherited: dict[str, Policy] = {}
+    if parent is not None:
+        inherited = {name: parent.manifest(name).document.policy for name in parent.manifests}
+    return {**policies.DEFAULTS, **inherited, **extra}
+
+
+def put_manifests(store: Store, base: Base, wanted: Mapping[str, Policy]) -> dict[str, FileRef]:
+    """Write one manifest per policy; ``PolicyError`` names the manifest that cannot be made."""
+    result: dict[str, FileRef] = {}
+    for name in sorted(wanted):
+        try:
+            result[name] = _put_manifest(store, base, name, wanted[name])
+        except PolicyError as error:
+            raise PolicyError(f"manifest {name!r}: {error}") from error
+    return result
+
+
+def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: str = "train") -> FileRef:
+    if not _NAME.fullmatch(name):
+        raise PolicyError(f"a manifest name is lower-case letters, digits, '.', '_' or '-', at most 64, not {name!r}")
+    if split not in base.samples:
+        raise PolicyError(f"the snapshot has no {split} images; it has {', '.join(sorted(base.samples)) or 'none'}")
+    counts = base.class_table[split].to_numpy().astype(np.int64)
+    targets = policies.apply(counts, policy)
+    columns = {"available": targets.available, "pool": targets.pool, "target": targets.target}
+    document = ManifestDocument(
+        name=name,
+        policy=policy,
+        split=split,
+        num_classes=len(counts),
+        num_draws=int(targets.target.sum()),
+        targets=put_table(store, pa.table(columns, schema=TARGETS), TARGETS),
+        classes=base.classes,
+        shards=base.shards,
+        samples=base.samples[split],
+    )
+    data = encode(document)
+    ref = make_ref(data, len(counts))
+    store.put(manifest_path(ref.sha256), data)
+    return ref
+
+
+def add_manifest(root: str, name: str, policy: Policy) -> Snapshot:
+    """Derive one more manifest for the newest snapshot of ``root`` and commit it as the next snapshot.
+
+    The same policy under the same name again is no change and returns the newest snapshot as it is. A name that is taken
+    by another policy is a ``UsageError``: trainers that use the name would silently get other draws.
+    """
+    snapshot = open_snapshot(root)
+    record = snapshot.record
+    base = Base(snapshot.classes, record.classes, record.shards, record.samples)
+    ref = put_manifests(snapshot.store, base, {name: policy})[name]
+    present = record.manifests.get(name)
+    if present == ref:
+        return snapshot
+    if present is not None:
+        other = policies.to_json(snapshot.manifest(name).document.policy)
+        raise UsageError(f"manifest {name!r} of snapshot {record.number} has policy {other}; choose another name")
+    commit(snapshot.store, next_record(record, manifests={**record.manifests, name: ref}))
+    return open_snapshot(root)
+
+
+def next_record(record: SnapshotRecord, *, manifests: Mapping[str, FileRef]) -> SnapshotRecord:
+    """The record that follows ``record`` with other manifests and nothing else changed."""
+    return dataclasses.replace(record, number=record.number + 1, parent=record_id(record), manifests=manifests)

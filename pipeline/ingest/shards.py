@@ -1,0 +1,332 @@
+"""References -> deterministic tar + Arrow index, in one pass over the bytes.
+
+Comes in: the samples of one shard, from the source or from older shards. Goes out: one USTAR tar, one Arrow index, both
+stored under the hash of their bytes, and a small record of them. Guarantees: the bytes depend on the set of samples
+alone (members sorted, mtime, uid and gid 0); no sample is dropped without a reject; image bytes never leave the task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from pipeline.errors import AlreadyExistsError, EngineError
+from pipeline.images import Facts, ImageRejected, Limits, inspect
+from pipeline.ingest.source import SourceReader
+from pipeline.keyed import derive, keyed_hash, seed_key
+from pipeline.schema import (
+    INDEX,
+    REFERENCES,
+    SPLITS,
+    UNIT_FORMAT_VERSION,
+    FileRef,
+    Reason,
+    index_path,
+    tar_path,
+)
+from pipeline.store import ShardReader, Store, ipc_to_table, read_checked, read_image, table_to_ipc
+
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_TAG_SHARD = 18
+# Everything of a USTAR header that never varies: mode 0644, uid, gid, mtime 0, regular file, no owner names.
+_HEAD = b"0000644\0" + b"0000000\0" * 2
+_TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(155 + 12)
+_FIXED_SUM = sum(_HEAD) + sum(_TAIL) + 8 * ord(" ")
+_MTIME = b"00000000000\0"
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512-byte POSIX.1-1988 (USTAR) header of a regular file; ``name`` is ASCII, at most 100 bytes."""
+    encoded = name.encode("ascii")
+    if len(encoded) > 100 or size >= 8**11:
+        raise ValueError(f"a USTAR member needs a name of at most 100 bytes and less than 8 GiB: {name!r}, {size} bytes")
+    octal = b"%011o\0" % size
+    checksum = _FIXED_SUM + sum(encoded) + sum(octal) + sum(_MTIME)
+    return encoded.ljust(100, b"\0") + _HEAD + octal + _MTIME + b"%06o\0 " % checksum + _TAIL
+
+
+class TarWriter:
+    """A deterministic USTAR stream: same members, same bytes. Knows its offset, size and running SHA-256."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its data."""
+        self._write(tar_header(name, len(data)))
+        offset = self.size
+        self._write(data)
+        if rest := -len(data) % _BLOCK:
+            self._write(_ZEROS[:rest])
+        return offset
+
+    def close(self) -> str:
+        """Write the end of the archive (not the stream's); returns the hex SHA-256 of everything written."""
+        self._write(_ZEROS * 2)
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def shard_hash(key: NDArray[np.uint64], *, split: str, seed: int) -> NDArray[np.uint64]:
+    """The keyed hash that places a sample in its split's trie and orders it inside its class; uint64 like ``key``."""
+    return keyed_hash(np.uint64(derive(seed_key(seed), _TAG_SHARD, SPLITS.index(split))), key)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A shard-to-be: rows ``[start, stop)`` of the samples sorted by hash, and the bits they share."""
+
+    prefix: str
+    start: int
+    stop: int
+
+
+def leaves(
+    hashes: NDArray[np.uint64], size_bytes: NDArray[np.int64], *, max_samples: int, max_bytes: int
+) -> list[Leaf]:
+    """Leaves of the binary trie over sorted ``hashes``: a node is divided while it holds too many samples or image bytes.
+
+    A pure function of the set: history leaves no trace, and one sample more or less changes, splits or merges one leaf.
+    """
+    cumulative = np.concatenate([[0], np.cumsum(size_bytes)])
+    result: list[Leaf] = []
+    stack = [("", 0, len(hashes), 0)]
+    while stack:
+        prefix, start, stop, low = stack.pop()
+        if start == stop:
+            continue
+        fits = stop - start <= max_samples and int(cumulative[stop] - cumulative[start]) <= max_bytes
+        if fits or stop - start == 1 or len(prefix) == 64:
+            result.append(Leaf(prefix, start, stop))
+            continue
+        middle = low | (1 << (63 - len(prefix)))
+        cut = start + int(np.searchsorted(hashes[start:stop], np.uint64(middle)))
+        stack.append((prefix + "1", cut, stop, middle))
+        stack.append((prefix + "0", start, cut, low))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What a task needs to write one shard: members of one split, from the source or (``origins``) from older tars."""
+
+    name: str  # split and trie prefix, for messages
+    split: str
+    members: pa.Table  # REFERENCES, or INDEX when origins are given
+    origins: tuple[str, ...] = ()  # tar SHA-256 of each member
+    digest: str = ""
+
+    def with_digest(self, settings: Mapping[str, Any]) -> Unit:
+        """The same unit, named by everything that decides its bytes; an equal digest means the work is done already."""
+        head = json.dumps([UNIT_FORMAT_VERSION, self.split, dict(settings), self.origins], sort_keys=True)
+        digest = hashlib.sha256(head.encode() + b"\0" + table_to_ipc(self.members)).hexdigest()
+        return Unit(name=self.name, split=self.split, members=self.members, origins=self.origins, digest=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """What came of a unit. ``tar`` and ``index`` are None when no member survived."""
+
+    digest: str
+    tar: FileRef | None
+    index: FileRef | None
+    rejects: tuple[tuple[str, str, str, str], ...] = ()  # (path, reason, detail, sha256)
+    num_images: int = 0  # read, good or bad
+    num_bytes: int = 0
+    reused: bool = field(default=False, compare=False)
+
+
+def unit_record_path(digest: str) -> str:
+    """Where the record of a finished unit lies below ROOT."""
+    return f"runs/units/{digest[:2]}/{digest}.json"
+
+
+def encode_unit_record(record: UnitRecord) -> bytes:
+    """Serialise a record; it lies in ``runs/`` and is created, never overwritten."""
+    body = {
+        "format": "evenshard-unit",
+        "format_version": UNIT_FORMAT_VERSION,
+        "digest": record.digest,
+        "tar": record.tar.to_json() if record.tar else None,
+        "index": record.index.to_json() if record.index else None,
+        "rejects": record.rejects,
+        "num_images": record.num_images,
+        "num_bytes": record.num_bytes,
+    }
+    return json.dumps(body, indent=0, sort_keys=True).encode()
+
+
+def find_unit_record(store: Store, digest: str) -> UnitRecord | None:
+    """The record of a unit that was finished before, if it and its files are there; else None."""
+    path = unit_record_path(digest)
+    if not store.exists(path):
+        return None
+    try:
+        body = json.loads(store.read(path))
+        record = UnitRecord(
+            digest=body["digest"],
+            tar=FileRef.from_json(body["tar"]) if body["tar"] else None,
+            index=FileRef.from_json(body["index"]) if body["index"] else None,
+            rejects=tuple((str(a), str(b), str(c), str(d)) for a, b, c, d in body["rejects"]),
+            num_images=int(body["num_images"]),
+            num_bytes=int(body["num_bytes"]),
+            reused=True,
+        )
+    except (ValueError, KeyError, TypeError):
+        return None  # unreadable notes about past work only cost doing it again
+    return record if record.digest == digest and _files_present(store, record) else None
+
+
+def _files_present(store: Store, record: UnitRecord) -> bool:
+    if record.tar is None or record.index is None:
+        return record.tar is record.index
+    files = ((tar_path(record.tar.sha256), record.tar.size), (index_path(record.index.sha256), record.index.size))
+    return all(store.exists(path) and store.size(path) == size for path, size in files)
+
+
+def pack_source(root: str, unit: Unit, reader: SourceReader, check: Any, limits: Limits) -> UnitRecord:
+    """Read the members of ``unit`` from the source once: hash, check, write. Runs inside a Ray task."""
+    store = Store.open(root)
+    rejects: list[tuple[str, str, str, str]] = []
+    totals = [0, 0]
+    samples = _from_source(unit, reader, (check, limits), rejects, totals)
+    tar, index = _write(store, samples)
+    record = UnitRecord(
+        digest=unit.digest, tar=tar, index=index, rejects=tuple(rejects), num_images=totals[0], num_bytes=totals[1]
+    )
+    return _record(store, record)
+
+
+def repack(root: str, unit: Unit) -> UnitRecord:
+    """Write a shard from members of older tars (``unit.origins``), checksums verified. Runs inside a Ray task."""
+    store = Store.open(root)
+    tar, index = _write(store, _from_tars(unit, store))
+    return _record(store, UnitRecord(digest=unit.digest, tar=tar, index=index))
+
+
+def read_index(store: Store, record: UnitRecord) -> pa.Table:
+    """The checked index of a finished unit; empty if no member survived."""
+    if record.index is None:
+        return INDEX.empty_table()
+    path = index_path(record.index.sha256)
+    return ipc_to_table(read_checked(store, path, record.index), INDEX, path)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    row: tuple[Any, ...]  # INDEX without offset, size and checksum
+    extension: str
+    data: bytes
+    checksum: int
+
+
+def _from_source(
+    unit: Unit,
+    reader: SourceReader,
+    checks: tuple[Any, Limits],
+    rejects: list[tuple[str, str, str, str]],
+    totals: list[int],
+) -> Iterator[_Sample]:
+    check, limits = checks
+    columns = [unit.members.column(name).to_pylist() for name in REFERENCES.names]
+    for path, key, class_id, _, group, size, _ in zip(*columns, strict=True):
+        digest = b""
+        try:
+            data = reader.read(path)
+            totals[0] += 1
+            totals[1] += len(data)
+            digest = hashlib.sha256(data).digest()
+            if len(data) != size:
+                raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
+            facts = inspect(data, check=check, limits=limits)
+        except ImageRejected as rejected:
+            rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
+            continue
+        row = _row(key, path, class_id, unit.split, facts, digest, group)
+        yield _Sample(row, facts.format, data, xxhash.xxh3_64_intdigest(data))
+
+
+def _row(
+    key: int, path: str, class_id: int, split: str, facts: Facts, digest: bytes, group: int
+) -> tuple[Any, ...]:
+    name = f"{key:016x}"
+    return (name, path, class_id, split, facts.width, facts.height, facts.format, facts.mode, digest, group)
+
+
+def _from_tars(unit: Unit, store: Store) -> Iterator[_Sample]:
+    reader = ShardReader(store)
+    for entry, tar in zip(unit.members.to_pylist(), unit.origins, strict=True):
+        path = tar_path(tar)
+        data = reader.read(path, entry["offset"], entry["size"])
+        checksum = xxhash.xxh3_64_intdigest(data)
+        if checksum != entry["checksum"]:  # read_image words the error
+            read_image(store, path, entry["offset"], entry["size"], entry["checksum"], f"key {entry['key']}")
+        names = [name for name in INDEX.names if name not in ("offset", "size", "checksum")]
+        yield _Sample(tuple(entry[name] for name in names), entry["format"], data, checksum)
+
+
+def _write(store: Store, samples: Iterable[_Sample]) -> tuple[FileRef | None, FileRef | None]:
+    """Write tar and index; members must come sorted by key."""
+    path = os.path.join(store.staging_dir(), "unit.tar")
+    rows: list[tuple[Any, ...]] = []
+    with open(path, "xb", buffering=1 << 20) as stream:
+        tar = TarWriter(stream)
+        for sample in samples:
+            key, class_id = sample.row[0], sample.row[2]
+            label = (f"{key}.cls", b"%d" % class_id)
+            image = (f"{key}.{sample.extension}", sample.data)
+            offsets = {name: tar.add(name, data) for name, data in sorted((label, image))}
+            rows.append((*sample.row, offsets[image[0]], len(sample.data), sample.checksum))
+        digest = tar.close()
+    try:
+        if not rows:
+            return None, None
+        tar_ref = FileRef(sha256=digest, size=tar.size, num_rows=len(rows))
+        store.put_file(tar_path(digest), path)
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+    index = table_to_ipc(_index_table(rows))
+    index_ref = FileRef(sha256=hashlib.sha256(index).hexdigest(), size=len(index), num_rows=len(rows))
+    store.put(index_path(index_ref.sha256), index)
+    return tar_ref, index_ref
+
+
+def _index_table(rows: list[tuple[Any, ...]]) -> pa.Table:
+    names = [name for name in INDEX.names if name not in ("offset", "size", "checksum")]
+    columns = dict(zip([*names, "offset", "size", "checksum"], zip(*rows, strict=True), strict=True))
+    return pa.table([pa.array(columns[item.name], item.type) for item in INDEX], schema=INDEX)
+
+
+def _record(store: Store, record: UnitRecord) -> UnitRecord:
+    path = unit_record_path(record.digest)
+    try:
+        store.create(path, encode_unit_record(record))
+    except AlreadyExistsError:
+        # A second attempt (Ray may call a node dead that still writes) must have come to the same bytes.
+        other = find_unit_record(store, record.digest)
+        if other is None:
+            store.replace(path, encode_unit_record(record))
+        elif (other.tar, other.index) != (record.tar, record.index):
+            raise EngineError(
+                f"two attempts at unit {record.digest} wrote different shards: {other.tar} and {record.tar}; "
+                "the source changed during the build, or the workers run different library versions"
+            ) from None
+    return record
