@@ -19,6 +19,7 @@ import pipeline
 
 TOP = Path(__file__).parents[1]
 MODULES = sorted(path for room in ("pipeline", "jobs") for path in (TOP / room).rglob("*.py"))
+PROMISES = ["E1", "E2", "E3", "E4", "E4b", "E5", "E6", "B1", "B2", "B3", "B4", "R1", "S1"]
 VAGUE_NAMES = {"util", "utils", "common", "core", "helper", "helpers", "base", "misc", "legacy"}
 
 
@@ -100,11 +101,10 @@ def test_the_lock_holds_every_direct_dependency() -> None:
 
 def test_readme_commands_exist() -> None:
     readme = (TOP / "README.md").read_text(encoding="utf-8")
-    group = next(
-        value for value in vars(importlib.import_module("pipeline.cli")).values() if isinstance(value, click.Group)
-    )
+    cli = importlib.import_module("pipeline.cli")
+    group = next(value for value in vars(cli).values() if isinstance(value, click.Group))
     commands = list(shown_commands(readme, "evenshard"))
-    assert {words[0] for words in commands} >= set(group.commands)
+    assert {words[0] for words in commands} >= set(group.list_commands(click.Context(group)))
     assert [problem for words in commands for problem in misfits(group, words)] == []
 
 
@@ -116,9 +116,31 @@ def test_readme_make_targets_exist() -> None:
 
 def test_readme_python_uses_public_names() -> None:
     readme = (TOP / "README.md").read_text(encoding="utf-8")
-    used = {name for block in blocks(readme, "python") for name in re.findall(r"\bpipeline\.(\w+)", block)}
+    used = {name for block in blocks(readme, "python") for name in re.findall(r"(?<!from )\bpipeline\.(\w+)", block)}
     assert used
     assert used <= set(pipeline.__all__)
+
+
+def test_readme_imports_exist() -> None:
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    imports = {line for block in blocks(readme, "python") for line in block.splitlines() if line.startswith("from ")}
+    assert imports
+    run_python("\n".join(sorted(imports)))
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_readme_names_a_test_for_every_promise(promise: str) -> None:
+    row = next(
+        line
+        for line in (TOP / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"| {promise} |")
+    )
+    held_by = re.findall(r"`(test_\w+)::(\w+)`", row)
+    assert held_by
+    missing = [
+        name for file, name in held_by if f"def {name}(" not in (TOP / f"tests/{file}.py").read_text(encoding="utf-8")
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
@@ -150,7 +172,7 @@ def shown_commands(markdown: str, program: str) -> Iterator[list[str]]:
 
 def misfits(group: click.Group, words: list[str]) -> list[str]:
     """What of one command line its command does not know: the command, its options, too many arguments."""
-    command = group.commands.get(words[0])
+    command = group.get_command(click.Context(group), words[0])
     if command is None:
         return [f"no command {words[0]!r}"]
     options = {name: param for param in command.params for name in param.opts if isinstance(param, click.Option)}
