@@ -1,0 +1,134 @@
+"""Sample rows to one batch: read, check, decode, transform, assemble.
+
+Comes in: rows of a split's sample table, and the draw that asked for each. Goes out: one tensor ``[B, C, H, W]``, or
+the images' bytes. Guarantees: no byte is decoded or handed out before its checksum was verified; a failure names the
+shard, the key and the offset; the result depends on the rows alone, not on the thread that asks nor on what was asked
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import EvenshardError, IntegrityError, UsageError
+from pipeline.images import ImageRejected, decode_rgb
+from pipeline.schema import tar_path
+from pipeline.snapshot import Snapshot
+from pipeline.store import ShardReader, read_image
+from pipeline.stream.transforms import Draw, Transform, adapt
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """What a batch is made of: equally long arrays, one entry per image, in batch order."""
+
+    row: NDArray[np.int64]  # of the split's sample table
+    class_id: NDArray[np.integer]
+    position: NDArray[np.int64]
+    repeat: NDArray[np.int64]
+    key: NDArray[np.uint64]  # randomness of the draw
+
+    def draws(self) -> Iterable[Draw]:
+        """The same, one by one, as transforms take them."""
+        columns = (self.position, self.class_id, self.repeat, self.key)
+        for position, class_id, repeat, key in zip(*(column.tolist() for column in columns), strict=True):
+            yield Draw(position=position, class_id=class_id, repeat=repeat, key=key)
+
+
+class BatchReader:
+    """Images of one split; thread-safe. Without a transform they stay bytes."""
+
+    def __init__(self, snapshot: Snapshot, split: str, transform: Transform | None) -> None:
+        self._snapshot = snapshot
+        self._samples = snapshot.samples(split)
+        self._shards = ShardReader(snapshot.store)
+        self._tars = [tar_path(sha256) for sha256 in snapshot.shards["tar_sha256"].to_pylist()]
+        self._transform = None if transform is None else adapt(transform)
+        self._keys: dict[int, list[str]] = {}  # of shards that were asked about: 8 times smaller than their indexes
+
+    def images(self, rows: Rows) -> torch.Tensor | list[bytes]:
+        """The batch, in the order of ``rows``."""
+        data = self._read(rows.row)
+        return data if self._transform is None else self._stack(rows, data)
+
+    def keys(self, row: NDArray[np.int64]) -> list[str]:
+        """The key of each sample: 16 hex digits, from the index of its shard."""
+        places = zip(self._samples.take("shard", row).tolist(), self._samples.take("row", row).tolist(), strict=True)
+        return [self._keys_of(shard)[place] for shard, place in places]
+
+    def _keys_of(self, shard: int) -> list[str]:
+        if shard not in self._keys:
+            self._keys[shard] = self._snapshot.index(shard)["key"].to_pylist()
+        return self._keys[shard]
+
+    def _read(self, row: NDArray[np.int64]) -> list[bytes]:
+        shard, offset, size, checksum = (
+            self._samples.take(name, row).tolist() for name in ("shard", "offset", "size", "checksum")
+        )
+        return [
+            read_image(
+                self._shards, self._tars[shard[i]], offset[i], size[i], checksum[i], lambda i=i: self._name(row[i])
+            )
+            for i in range(len(row))
+        ]
+
+    def _stack(self, rows: Rows, data: list[bytes]) -> torch.Tensor:
+        """Every image straight into its place of one tensor; the first decides shape, type and memory layout."""
+        batch: torch.Tensor | None = None
+        for i, draw in enumerate(rows.draws()):
+            image = self._pixels(rows.row[i], data[i], draw)
+            if batch is None:
+                batch = _empty_like(image, len(data))
+            elif image.shape != batch.shape[1:] or image.dtype != batch.dtype:
+                raise UsageError(
+                    f"the transform must give every image one shape and type: image {self._name(rows.row[0])} became "
+                    f"{list(batch.shape[1:])} {batch.dtype}, image {self._name(rows.row[i])} became "
+                    f"{list(image.shape)} {image.dtype}; let it end with a resize or a crop"
+                )
+            batch[i] = image
+        assert batch is not None
+        return batch
+
+    def _pixels(self, row: np.int64, data: bytes, draw: Draw) -> torch.Tensor:
+        assert self._transform is not None
+        try:
+            pixels = decode_rgb(data)
+        except ImageRejected as rejected:
+            raise IntegrityError(self._undecodable(row, rejected)) from rejected
+        try:
+            image = self._transform(torch.from_numpy(pixels).permute(2, 0, 1), draw)
+        except Exception as error:
+            error.add_note(f"in the transform of image {self._name(row)}, {draw}")
+            raise
+        if not isinstance(image, torch.Tensor) or image.ndim != 3:  # pyright: ignore[reportUnnecessaryIsInstance]
+            found = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__  # pyright: ignore
+            raise UsageError(
+                f"the transform must return a tensor [C, H, W]; for image {self._name(row)} it gave {found}"
+            )
+        return image
+
+    def _undecodable(self, row: np.int64, rejected: ImageRejected) -> str:
+        shard, offset = (int(self._samples.take(name, [row])[0]) for name in ("shard", "offset"))
+        return (
+            f"image {self._name(row)} in {self._tars[shard]} at offset {offset} is as it was stored, but cannot be "
+            f"decoded: {rejected}; build again with --check decode, which keeps such images out"
+        )
+
+    def _name(self, row: np.int64) -> str:
+        """The key, for a message; where its index is damaged too, at least the row."""
+        try:
+            return self.keys(np.array([row]))[0]
+        except EvenshardError:
+            return f"of sample row {row}"
+
+
+def _empty_like(image: torch.Tensor, batch_size: int) -> torch.Tensor:
+    # Decoders write channels last; keeping that makes the copy a plain one, and GPUs prefer it.
+    last = image.shape[0] > 1 and image.stride(0) == 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((batch_size, *image.shape), dtype=image.dtype, device=image.device, memory_format=layout)

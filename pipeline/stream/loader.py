@@ -1,0 +1,363 @@
+"""The loaders: which positions make the next batch, where training stands, and how to go on from there.
+
+Comes in: a manifest and a batch size per rank. Goes out: batches, and a state of five small values.
+
+Global step s takes G = batch size x ranks positions of the manifest's endless sequence; rank r takes its slice of them.
+
+    positions   0 . . . . . . S1 . . . . . . . S2        S = where an epoch starts, G = 4, two ranks of 2
+    steps       [r0 r1][r0 r1][r0 r1][r0 r1]...          a step belongs to the epoch of its first position
+
+Guarantees: nothing is dropped, padded or drawn twice; every rank does equally many steps, known before anything is
+read; the sequence of draws is the manifest's and the seed's alone (E5); restoring a state goes on with exactly the
+batches that were not handed out yet, or, with another global batch, with exactly the samples (E6).
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import StateError, UsageError
+from pipeline.keyed import derive, keyed_hash, permute, seed_key
+from pipeline.plan.epoch import EPOCH_RULE, EpochFunction
+from pipeline.snapshot import Manifest, Snapshot
+from pipeline.stream.batches import BatchReader, Rows
+from pipeline.stream.prefetch import Prefetch
+from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
+
+STATE_FORMAT_VERSION = 1
+
+_AUGMENT = 4  # purposes of keys: 1 to 3 are the epoch function's when, which and turn
+_EVALUATION_ORDER = 5
+
+Batch = tuple[Any, ...]
+"""``(images, labels)``, with ``Details`` or a mask as third: images ``[B, C, H, W]`` or bytes, labels int64 ``[B]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """Where each row of a batch comes from."""
+
+    positions: torch.Tensor  # int64 [B]: place in the endless sequence
+    keys: list[str]  # 16 hex digits each, as in the shards
+    repeats: torch.Tensor  # int64 [B]: how often this image was drawn before, since position 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Which part of a global batch is ours."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def resolve(cls, rank: int | None, world_size: int | None) -> Topology:
+        """From arguments, else from ``torch.distributed``, else one rank."""
+        if rank is None and world_size is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if not distributed:
+                return cls(rank=0, world_size=1)
+            return cls(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+        if rank is None or world_size is None:
+            raise UsageError(f"give rank and world_size together or neither, got rank={rank}, world_size={world_size}")
+        if not 0 <= _whole("rank", rank, at_least=0) < _whole("world_size", world_size, at_least=1):
+            raise UsageError(f"rank must be below world_size, got rank={rank}, world_size={world_size}")
+        return cls(rank=operator.index(rank), world_size=operator.index(world_size))
+
+
+class Loader:
+    """Batches of a manifest; each ``iter()`` yields (the rest of) one epoch, and the next ``iter()`` the next epoch.
+
+    Leaving the loop early and calling ``iter()`` again starts the next epoch too; to go on within the epoch, restore
+    the state. ``set_epoch(e)`` chooses the epoch of the next ``iter()``, and changes nothing if that already lies in
+    epoch e, so ``for e in range(loader.epoch, num_epochs): loader.set_epoch(e)`` also resumes in the middle of an
+    epoch. One iterator lives at a time: ``iter``, ``set_epoch`` and ``load_state_dict`` end the one before.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        batch_size: int,
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        workers: int = 0,
+        decode: bool = True,
+        details: bool = False,
+        prefetch: int | None = None,
+    ) -> None:
+        """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches ahead per thread (2).
+
+        ``transform(image)`` or ``transform(image, draw)`` makes tensors of equal shape from uint8 ``[C, H, W]``; the
+        default is a random 224 x 224 crop, perhaps mirrored. ``decode=False`` yields the images' bytes as they lie in
+        the shards.
+        """
+        self._topology = Topology.resolve(rank, world_size)
+        self._batch_size = _whole("batch_size", batch_size, at_least=1)
+        self._global_batch = self._batch_size * self._topology.world_size
+        self._seed = _whole("seed", seed)
+        self._threads, self._ahead = _concurrency(workers, prefetch)
+        self._manifest_digest = manifest.digest
+        self._plan = EpochFunction(manifest.pool, manifest.targets, self._seed)
+        self._refuse_small_epoch(manifest)
+        self._builder = _DrawnBatches(
+            plan=self._plan,
+            reader=_reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224)),
+            class_starts=manifest.snapshot.class_starts(manifest.split),
+            augment=derive(seed_key(self._seed), _AUGMENT),
+            first=self._topology.rank * self._batch_size,
+            batch_size=self._batch_size,
+            details=details,
+        )
+        # The state: samples consumed over all ranks, and whether that place is where the next iter() starts (True) or
+        # lies inside an epoch that an iterator has begun (False).
+        self._consumed = 0
+        self._at_start = True
+        self._current: weakref.ref[_Steps] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch being iterated, else the one that the next ``iter()`` yields."""
+        current = self._live()
+        return current.epoch if current else self._plan.epoch_of(self._next_start())
+
+    def __len__(self) -> int:
+        """Steps of the iterator being advanced, from where it started; else of the next one."""
+        current = self._live()
+        return len(self._steps_from(self._next_start())) if current is None else current.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._move_to(self._next_start())
+        starts = self._steps_from(self._consumed)
+        batches = Prefetch(self._builder.batch, starts, threads=self._threads, ahead=self._ahead)
+        steps = _Steps(self, batches, epoch=self._plan.epoch_of(self._consumed), num_steps=len(starts))
+        self._current = weakref.ref(steps)
+        return steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next ``iter()`` yield this epoch: from its start, or from where a restored state stands in it."""
+        start = self._next_start()
+        if self._plan.epoch_of(start) != _whole("epoch", epoch, at_least=0):
+            start = -(-self._plan.epoch_start(epoch) // self._global_batch) * self._global_batch
+        self._move_to(start)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Where training stands, as plain JSON, the same on every rank: ``consumed`` counts samples of all ranks."""
+        return {**self._identity(), "consumed": self._consumed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state`` at the next ``iter()``, under any number of ranks and any batch size."""
+        wrong = [
+            f"{name}: the state has {state.get(name)!r}, this loader {expected!r}"
+            for name, expected in self._identity().items()
+            if state.get(name) != expected
+        ]
+        if wrong:
+            raise StateError(
+                "the state belongs to another sequence of draws; " + "; ".join(wrong) + ". Open the manifest and "
+                "give the seed it was saved with, or start over without it"
+            )
+        consumed = state.get("consumed")
+        if not isinstance(consumed, int) or isinstance(consumed, bool) or consumed < 0:
+            raise StateError(f"consumed: expected a whole number of samples, got {consumed!r}; the state is damaged")
+        self._move_to(consumed)
+
+    def _identity(self) -> dict[str, int | str]:
+        return {
+            "format_version": STATE_FORMAT_VERSION,
+            "epoch_rule": EPOCH_RULE,
+            "manifest": self._manifest_digest,
+            "seed": self._seed,
+        }
+
+    def _next_start(self) -> int:
+        """The position of the first step of the next ``iter()``: the end of an epoch that was begun, on its lattice."""
+        if self._at_start:
+            return self._consumed
+        return self._steps_from(self._consumed).stop
+
+    def _steps_from(self, start: int) -> range:
+        """First positions of the steps left in the epoch of ``start``; ``.stop`` is the first step after them."""
+        end = self._plan.epoch_start(self._plan.epoch_of(start) + 1)
+        num_steps = -(-(end - start) // self._global_batch)
+        return range(start, start + num_steps * self._global_batch, self._global_batch)
+
+    def _move_to(self, start: int) -> None:
+        current, self._current = self._live(), None
+        if current is not None:
+            current.close()
+        self._consumed, self._at_start = start, True
+
+    def _live(self) -> _Steps | None:
+        return self._current() if self._current else None
+
+    def _handed_out(self, steps: _Steps) -> None:
+        self._consumed += self._global_batch
+        self._at_start = steps.num_left == 0
+
+    def _ended(self, steps: _Steps) -> None:
+        if self._live() is steps:
+            self._current = None
+
+    def _refuse_small_epoch(self, manifest: Manifest) -> None:
+        num_draws = self._plan.num_draws(0)
+        if num_draws < self._global_batch:
+            raise UsageError(
+                f"manifest {manifest.name!r} draws {num_draws} images an epoch, fewer than one global batch of "
+                f"{self._global_batch} (batch_size {self._batch_size} x world_size {self._topology.world_size}): "
+                "lower batch_size, or use a manifest with higher targets"
+            )
+
+
+class _Steps(Iterator[Batch]):
+    """What ``iter()`` returns. It holds its loader, the loader holds it weakly: so leaving a loop ends its threads."""
+
+    def __init__(self, loader: Loader, batches: Prefetch[Batch], *, epoch: int, num_steps: int) -> None:
+        self.epoch = epoch
+        self.num_steps = num_steps
+        self.num_left = num_steps
+        self._loader = loader
+        self._batches = batches
+        self._superseded = False
+
+    def __next__(self) -> Batch:
+        if self._superseded:
+            raise UsageError(
+                f"this iterator of epoch {self.epoch} was ended by a later iter(), set_epoch() or load_state_dict() of "
+                "its loader; a Loader has one live iterator: make a second Loader to read two sequences at once"
+            )
+        if not self.num_left:
+            self._loader._ended(self)  # pyright: ignore[reportPrivateUsage]
+            raise StopIteration
+        batch = next(self._batches)
+        self.num_left -= 1
+        self._loader._handed_out(self)  # pyright: ignore[reportPrivateUsage]
+        return batch
+
+    def close(self) -> None:
+        """End the threads; advancing again is an error, except after the last batch."""
+        self._batches.close()
+        self._superseded = self.num_left > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DrawnBatches:
+    """One rank's batch of the global step that starts at a position. Called by threads; holds no state that moves."""
+
+    plan: EpochFunction
+    reader: BatchReader
+    class_starts: np.ndarray[Any, np.dtype[np.int64]]
+    augment: int
+    first: int  # of our slice in the global batch
+    batch_size: int
+    details: bool
+
+    def batch(self, start: int) -> Batch:
+        rows = self._rows(start + self.first)
+        batch = (self.reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)))
+        return (*batch, self._details(rows)) if self.details else batch
+
+    def _rows(self, begin: int) -> Rows:
+        drawn = self.plan.draws(begin, begin + self.batch_size)
+        ordinal, repeat = self.plan.images(drawn.class_id, drawn.draw)
+        return Rows(
+            row=self.class_starts[drawn.class_id] + ordinal,
+            class_id=drawn.class_id,
+            position=np.arange(begin, begin + self.batch_size),
+            repeat=repeat,
+            key=keyed_hash(keyed_hash(self.augment, drawn.class_id), drawn.draw),
+        )
+
+    def _details(self, rows: Rows) -> Details:
+        return Details(
+            positions=torch.from_numpy(rows.position),
+            keys=self.reader.keys(rows.row),
+            repeats=torch.from_numpy(rows.repeat),
+        )
+
+
+class EvaluationLoader:
+    """Every sample of a split once, in an order that mixes classes and never changes: ``(images, labels, mask)``.
+
+    Every rank does equally many steps. Where the samples do not fill the last ones, rows repeat samples and their
+    ``mask`` (bool ``[B]``) is False: count only rows whose mask is True. Each ``iter()`` starts again from the first
+    sample.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        split: str = "test",
+        batch_size: int = 64,
+        *,
+        transform: Transform | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        workers: int = 0,
+        prefetch: int | None = None,
+    ) -> None:
+        """As for ``Loader``; the default transform is the central 224 x 224 of the image scaled to 256."""
+        self._topology = Topology.resolve(rank, world_size)
+        self._batch_size = _whole("batch_size", batch_size, at_least=1)
+        self._threads, self._ahead = _concurrency(workers, prefetch)
+        self._class_starts = snapshot.class_starts(split)
+        self._num_samples = int(self._class_starts[-1])
+        if not self._num_samples:
+            raise UsageError(f"split {split!r} of {snapshot.store.url} holds no samples; there is nothing to evaluate")
+        self._reader = _reader(snapshot, split, transform, True, ResizeCenterCrop(224))
+
+    def __len__(self) -> int:
+        """Steps of every rank."""
+        return -(-self._num_samples // (self._batch_size * self._topology.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        global_batch = self._batch_size * self._topology.world_size
+        starts = range(0, len(self) * global_batch, global_batch)
+        return Prefetch(self._batch, starts, threads=self._threads, ahead=self._ahead)
+
+    def _batch(self, start: int) -> Batch:
+        position = start + self._topology.rank * self._batch_size + np.arange(self._batch_size)
+        rows = self._rows(position)
+        mask = torch.from_numpy(position < self._num_samples)
+        return self._reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)), mask
+
+    def _rows(self, position: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
+        key, size = derive(seed_key(0), _EVALUATION_ORDER), np.full_like(position, self._num_samples)
+        row = permute(np.full(position.shape, key, np.uint64), position % self._num_samples, size)
+        class_id = np.searchsorted(self._class_starts, row, side="right") - 1
+        return Rows(row=row, class_id=class_id, position=position, repeat=np.zeros_like(row), key=keyed_hash(key, row))
+
+
+def _reader(
+    snapshot: Snapshot, split: str, transform: Transform | None, decode: bool, default: Transform
+) -> BatchReader:
+    if not decode and transform is not None:
+        raise UsageError("decode=False hands out bytes, so transform is never called: drop one of the two")
+    return BatchReader(snapshot, split, (transform or default) if decode else None)
+
+
+def _concurrency(workers: int, prefetch: int | None) -> tuple[int, int]:
+    """Threads, and batches ahead in total: by default two a thread, one in the making and one ready."""
+    threads = _whole("workers", workers, at_least=0)
+    if prefetch is not None and not threads:
+        raise UsageError(f"prefetch={prefetch} needs threads to do it: set workers to 1 or more")
+    return threads, threads * (2 if prefetch is None else _whole("prefetch", prefetch, at_least=1))
+
+
+def _whole(name: str, value: Any, at_least: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or (at_least is not None and number < at_least):
+        bound = "" if at_least is None else f" of {at_least} or more"
+        raise UsageError(f"{name} must be a whole number{bound}, got {value!r}")
+    return number

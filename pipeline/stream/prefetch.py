@@ -1,0 +1,67 @@
+"""Work done ahead in threads, handed out in order.
+
+Comes in: a function and the arguments to call it with. Goes out: its results, in the order of the arguments.
+Guarantees: the same results for any number of threads; at most ``ahead`` calls started or done and not yet handed out;
+an exception comes out at the place of its call; dropping or closing the iterator ends its threads, without waiting for
+them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """``map(function, arguments)``, by ``threads`` threads; 0 threads means in the caller's, when asked."""
+
+    def __init__(self, function: Callable[[int], T], arguments: Iterable[int], *, threads: int, ahead: int) -> None:
+        self._function = function
+        self._arguments = iter(arguments)
+        self._retry: int | None = None
+        self._pending: deque[Future[T]] = deque()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evenshard") if threads else None
+        if self._pool is not None:
+            # Threads hold the function, never this object: so it can be collected, and then they stop.
+            self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+            for _ in range(ahead):
+                self._submit(self._pool)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._next_here() if self._pool is None else self._next_of(self._pool)
+
+    def close(self) -> None:
+        """Start nothing more; a call that runs now ends in the background."""
+        self._arguments = iter(())
+        self._retry = None
+        self._pending.clear()
+        if self._pool is not None:
+            self._finalizer()
+
+    def _next_here(self) -> T:
+        argument = next(self._arguments) if self._retry is None else self._retry
+        self._retry = argument  # stays where it is if this call fails or is interrupted
+        result = self._function(argument)
+        self._retry = None
+        return result
+
+    def _next_of(self, pool: ThreadPoolExecutor) -> T:
+        if not self._pending:
+            raise StopIteration
+        result = self._pending[0].result()  # leaves the queue only once it is there: an interrupt loses nothing
+        self._pending.popleft()
+        self._submit(pool)
+        return result
+
+    def _submit(self, pool: ThreadPoolExecutor) -> None:
+        for argument in self._arguments:
+            self._pending.append(pool.submit(self._function, argument))
+            return

@@ -1,0 +1,199 @@
+"""Randomness that belongs to the draw: the same in any thread, whatever the global generator is doing."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from pipeline.errors import UsageError
+from pipeline.stream.transforms import Draw, RandomResizedCropFlip, ResizeCenterCrop, adapt, crop_box
+
+
+def image(height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def draw(key: int = 7, repeat: int = 0) -> Draw:
+    return Draw(position=3, class_id=1, repeat=repeat, key=key)
+
+
+def test_draw_gives_uniform_numbers_fixed_by_its_key() -> None:
+    numbers = draw(key=2**64 - 1).uniform(20_000)
+    assert np.array_equal(numbers, draw(key=2**64 - 1).uniform(20_000))
+    assert not np.array_equal(numbers[:8], draw(key=2).uniform(8))
+    assert 0 <= numbers.min() < 0.001 < 0.999 < numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.01
+
+
+# ---- The transforms of our own
+
+
+@pytest.mark.parametrize("transform", [RandomResizedCropFlip(24), ResizeCenterCrop(24, resize=32)])
+@pytest.mark.parametrize("shape", [(40, 56), (57, 31), (1, 1), (5, 200)])
+def test_own_transforms_give_uint8_squares(transform: Any, shape: tuple[int, int]) -> None:
+    result = transform(image(*shape), draw())
+    assert result.shape == (3, 24, 24)
+    assert result.dtype == torch.uint8
+
+
+def test_random_crop_is_fixed_by_the_key_and_differs_between_keys() -> None:
+    transform = RandomResizedCropFlip(24)
+    results = [transform(image(), draw(key=key)) for key in (1, 1, 2)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_random_crop_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    RandomResizedCropFlip(24)(image(), draw())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_flip_happens_as_often_as_asked() -> None:
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    square = image(32, 32)
+    for flip, low, high in ((0.0, 0, 0), (0.25, 60, 140), (1.0, 400, 400)):
+        transform = RandomResizedCropFlip(32, flip=flip, **whole)
+        flipped = sum(torch.equal(transform(square, draw(key)), square.flip(-1)) for key in range(400))
+        assert low <= flipped <= high
+
+
+def test_crop_boxes_have_the_asked_area_and_aspect_and_reach_every_corner() -> None:
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    boxes = [crop_box(300, 400, scale=scale, ratio=ratio, uniform=draw(key).uniform(40)) for key in range(3000)]
+    top, left, rows, columns = np.array(boxes).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + rows <= 300).all()
+    assert (left + columns <= 400).all()
+    area, aspect = rows * columns / (300 * 400), columns / rows
+    assert 0.075 < area.min() < 0.1
+    assert 0.95 < area.max() <= 1
+    assert 0.73 < aspect.min() < 0.78
+    assert 1.3 < aspect.max() < 1.36
+    assert top.min() == 0
+    assert (top + rows).max() == 300
+    assert left.min() == 0
+    assert (left + columns).max() == 400
+
+
+@pytest.mark.parametrize(("shape", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+def test_an_image_that_no_crop_fits_gets_the_largest_central_one(shape: tuple[int, int], box: tuple[int, ...]) -> None:
+    uniform = np.zeros(4 * 10) + 0.999
+    assert crop_box(*shape, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3), uniform=uniform) == box
+
+
+def test_center_crop_keeps_the_middle() -> None:
+    pixels = torch.zeros(3, 64, 128, dtype=torch.uint8)
+    pixels[:, 24:40, 56:72] = 200
+    assert ResizeCenterCrop(16, resize=64)(pixels, draw()).min() == 200
+
+
+# ---- Telling the two protocols apart
+
+
+def two(image: torch.Tensor, other: Draw) -> torch.Tensor:
+    return image + other.repeat
+
+
+def named(image: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+    return image + draw.repeat if draw else image
+
+
+def with_default(image: torch.Tensor, amount: int = 5) -> torch.Tensor:
+    return image + amount
+
+
+class Module(torch.nn.Module):
+    def forward(self, image: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return image + draw.repeat
+
+
+class OneArgumentModule(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image + 5
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        two,
+        named,
+        with_default,
+        Module(),
+        OneArgumentModule(),
+        functools.partial(with_default, amount=5),
+        lambda image, draw: image + draw.repeat,
+        lambda image: image + 5,
+        v2.Compose([v2.Lambda(lambda image: image + 5)]),
+    ],
+)
+def test_a_transform_is_called_as_it_is_written(transform: Any) -> None:
+    zeros = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    assert torch.equal(adapt(transform)(zeros, draw(repeat=5)), zeros + 5)
+
+
+@pytest.mark.parametrize("transform", ["resize", lambda a, b, c: a])
+def test_what_cannot_be_a_transform_is_refused(transform: Any) -> None:
+    with pytest.raises(UsageError, match=r"\(image\) or .*\(image, draw\)"):
+        adapt(transform)
+
+
+# ---- One-argument transforms and torch's generators
+
+AUGMENTATIONS = [
+    v2.RandomResizedCrop(16, antialias=True),
+    v2.TrivialAugmentWide(),
+    v2.AugMix(),
+    v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    v2.RandomErasing(p=1.0, value="random"),
+    v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise()]),
+    v2.RandomChoice([v2.RandomRotation(40), v2.RandomAffine(40)]),
+    lambda image: torch.empty(3, 2, 2).normal_(),
+    lambda image: torch.randn(3, 2, 2) + torch.rand_like(torch.zeros(3, 2, 2)) + torch.randperm(2),
+]
+
+
+@pytest.mark.parametrize("transform", AUGMENTATIONS)
+def test_one_argument_transforms_draw_from_the_draw_alone(transform: Any) -> None:
+    apply = adapt(transform)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    results = [apply(image(), draw(key)) for key in (5, 5, *range(6, 12))]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(results[0], results[1])
+    assert not all(torch.equal(result, results[0]) for result in results)
+
+
+def test_one_argument_transforms_hold_while_other_threads_draw() -> None:
+    apply = adapt(v2.Compose([v2.RandomResizedCrop(8, antialias=True), v2.ColorJitter(0.4)]))
+    expected = [apply(image(), draw(key)) for key in range(40)]
+    stop = threading.Event()
+    noise = threading.Thread(target=lambda: [torch.rand(100) for _ in iter(stop.is_set, True)])
+    noise.start()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda key: apply(image(), draw(key)), range(40)))
+    stop.set()
+    noise.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_generator_of_the_transform_s_own_is_respected() -> None:
+    def own(image: torch.Tensor) -> torch.Tensor:
+        return torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(3))
+
+    assert torch.equal(adapt(own)(image(), draw(1)), adapt(own)(image(), draw(2)))
+
+
+@pytest.mark.parametrize("transform", [torch.nn.Dropout(), lambda image: torch.nn.functional.dropout(image, 0.5)])
+def test_draws_that_cannot_be_tied_to_the_sample_are_refused(transform: Any) -> None:
+    with pytest.raises(UsageError, match=r"dropout.*transform\(image, draw\)"):
+        adapt(transform)(image().float(), draw())
