@@ -1,8 +1,8 @@
 """`evenshard`: thin commands over the public names.
 
-In: a command line. Out: text for people (JSON on request) and an exit code: 0 done, 1 failed, 2 wrong usage. Guarantees:
-commands that only read or plan import neither Ray nor torch; a failure prints one message, never a traceback, unless
-EVENSHARD_TRACEBACK is set; ``main`` is the only place that turns errors into exit codes.
+In: a command line. Out: text for people (JSON on request) and an exit code: 0 done, 1 failed, 2 wrong usage.
+Guarantees: commands that only read or plan import neither Ray nor torch; a failure prints one message, never a
+traceback, unless EVENSHARD_TRACEBACK is set; ``run`` is the only place that turns errors into exit codes.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def build_options(command: _Command) -> _Command:
         click.argument("source", required=False),
         click.argument("root", required=False),
         click.option("--config", "config_file", metavar="FILE", help="YAML build file; flags override it."),
-        click.option("--label-from", type=click.Choice(["parent", "top", "path"]), help="Folder source: what the label is."),
-        click.option("--split-from", type=click.Choice(["none", "top"]), help="Folder source: top folders train/val/test."),
+        click.option("--label-from", type=click.Choice(["parent", "top", "path"]), help="Folders: what the label is."),
+        click.option("--split-from", type=click.Choice(["none", "top"]), help="Folders: top ones are train/val/test."),
         click.option("--images", metavar="URL", help="Table source: where its image paths start (default: beside it)."),
         click.option("--path-column", metavar="NAME", help="Table source: column of image paths."),
         click.option("--label-column", metavar="NAME", help="Table source: column of labels."),
@@ -50,7 +50,7 @@ def build_options(command: _Command) -> _Command:
         click.option("--check", type=click.Choice(["decode", "header"]), help="How each image is checked."),
         click.option("--shard-samples", type=int, metavar="N", help="Divide shards beyond this many images."),
         click.option("--shard-bytes", type=int, metavar="N", help="Divide shards beyond this many image bytes."),
-        click.option("--max-rejects", callback=_int_or_fraction, metavar="N", help="Refuse to publish beyond: 20 or 0.01."),
+        click.option("--max-rejects", callback=_int_or_fraction, metavar="N", help="Refuse to publish beyond it."),
         click.option("--max-pixels", type=int, metavar="N", help="Reject larger images."),
         click.option("--max-image-bytes", type=int, metavar="N", help="Reject larger files."),
         click.option("--seed", type=int, metavar="N", help="Decides splits and shards; fixed for the life of a ROOT."),
@@ -58,7 +58,7 @@ def build_options(command: _Command) -> _Command:
             "--manifest", "manifests", multiple=True, callback=_policy_pair, metavar="NAME=POLICY",
             help="A manifest beside the four defaults, for example sqrt=power:alpha=0.5.",
         ),
-        click.option("--allow", multiple=True, metavar="GUARDRAIL", help="Waive a guardrail by name, e.g. class-vanished."),
+        click.option("--allow", multiple=True, metavar="GUARDRAIL", help="Waive a guardrail: class-vanished."),
         click.option("--workers", type=int, metavar="N", help="Ray CPUs to use (default: all)."),
         click.option("--address", metavar="ADDRESS", help="Ray cluster (default: $RAY_ADDRESS, else a local Ray)."),
         click.option("--quiet", is_flag=True, help="No progress."),
@@ -90,7 +90,7 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
 def _plain(value: Any) -> Any:
     from dataclasses import asdict
 
-    return asdict(value)
+    return value.to_json() if hasattr(value, "to_json") else asdict(value)
 
 
 @click.command()
@@ -184,7 +184,9 @@ def _print_manifests(snapshot: Any, names: Any, as_json: bool) -> None:
     header = ("name", "draws", "distinct", "classes", "smallest", "largest", "largest repeat", "policy")
     keys = ("name", "draws", "distinct", "classes", "smallest_target", "largest_target", "largest_repeat")
     policies = (str(snapshot.manifest(row["name"]).document.policy) for row in rows)
-    click.echo(show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True))))
+    click.echo(
+        show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True)))
+    )
     click.echo(f"\nsnapshot {snapshot.number}; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)")
 
 

@@ -75,28 +75,31 @@ def build_summary(summary: BuildSummary, root: str) -> str:
         *(f"notice     {name(notice)}" for notice in summary.notices),
         f"tars       {safe(root)}/shards, index beside them; rejects: evenshard stats {safe(root)} --rejects",
         f"next       evenshard stats {safe(root)}",
-        f'           python -c "import pipeline; m = pipeline.open_snapshot({root!r}).manifest(\'balanced\'); '
-        "print(m.num_draws)\"",
+        f"           python -c \"import pipeline; m = pipeline.open_snapshot({root!r}).manifest('balanced'); "
+        'print(m.num_draws)"',
     ]
     return "\n".join(lines)
 
 
 def _imbalance(told: Description) -> str:
     return (
-        f"largest class {told.imbalance:,.0f} x the smallest, {told.num_singletons:,} classes with one image, "
+        f"largest class {told.imbalance:,.0f} x the smallest, {told.singletons:,} classes with one image, "
         f"Gini {told.gini:.2f}, {told.effective_classes:,.1f} effective classes"
     )
 
 
 def description(told: Description, what: str) -> str:
     """The numbers of ``evenshard stats``, above the per-class table."""
-    groups = ", ".join(f"{key} {count:,}" for key, count in told.groups.items())
+    groups = ", ".join(
+        f"{key} {group.num_classes:,} ({group.num_images:,} images)"
+        for key, group in (("many (>100)", told.many), ("medium (20-100)", told.medium), ("few (<20)", told.few))
+    )
     return "\n".join(
         [
             f"{what}: {told.num_images:,} images in {told.num_classes:,} classes",
             f"imbalance ratio {told.imbalance:,.1f} (largest / smallest class)   Gini {told.gini:.3f}   "
             f"entropy {told.entropy:.3f} nats = {told.effective_classes:,.1f} effective classes",
-            f"classes by images: {groups}   singletons {told.num_singletons:,}",
+            f"classes: {groups}; {told.singletons:,} with one image, {told.num_empty:,} with none",
         ]
     )
 

@@ -123,8 +123,8 @@ def export_tars(
     if missing:
         units = ((names[shard], (plan, shard, str(dest))) for shard in missing)
         with Engine(address=address, workers=workers) as engine:
-            for count in engine.map(write_shard, units, idle=lambda: notify("export", done, plan.num_draws)):
-                done += count
+            for count in engine.map(write_shard, units):
+                done += count or 0
                 notify("export", done, plan.num_draws)
     _describe(store, manifest, plan, names)
     last = plan.num_shards - 1
@@ -172,9 +172,7 @@ def _walk(
         yield starts[drawn.class_id] + ordinal, drawn.class_id.astype(np.int64), repeat
 
 
-def _members(
-    manifest: Manifest, plan: ExportPlan, start: int, stop: int
-) -> Iterator[tuple[str, int, str, bytes]]:
+def _members(manifest: Manifest, plan: ExportPlan, start: int, stop: int) -> Iterator[tuple[str, int, str, bytes]]:
     snapshot = manifest.snapshot
     samples, shards = snapshot.samples(manifest.split), snapshot.shards["tar_sha256"]
     reader = ShardReader(snapshot.store)
@@ -185,13 +183,8 @@ def _members(
         ):
             index = snapshot.index(shard)
             key, extension = index["key"][row].as_py(), index["format"][row].as_py()
-            data = _checked(reader, snapshot.store, shards[shard].as_py(), (offset, size, checksum), key)
+            data = read_image(reader, tar_path(shards[shard].as_py()), offset, size, checksum, key)
             yield key if repeat == 0 else f"{key}-r{repeat}", label, extension, data
-
-
-def _checked(reader: ShardReader, store: Store, tar: str, place: tuple[int, int, int], key: str) -> bytes:
-    offset, size, checksum = place
-    return read_image(store, tar_path(tar), offset, size, checksum, f"key {key}", reader)
 
 
 def _open_dest(dest: str, plan: ExportPlan) -> Store:
@@ -233,4 +226,3 @@ def _describe(store: Store, manifest: Manifest, plan: ExportPlan, names: list[st
     data = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     if not store.exists("export.json"):
         store.create("export.json", data)
-

@@ -89,11 +89,10 @@ class Engine:
         present = max(1, int(ray.cluster_resources().get("CPU", 1)))
         return min(present, self._workers) if self._workers else present
 
-    def map(
-        self, function: Callable[..., Any], units: Iterable[tuple[str, tuple[Any, ...]]], *, idle: Callable[[], None]
-    ) -> Iterator[Any]:
-        """Yield ``function(*arguments)`` for each ``(name, arguments)``, as they finish; ``idle`` is called at least every second.
+    def map(self, function: Callable[..., Any], units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
+        """Yield ``function(*arguments)`` for each ``(name, arguments)``, as they finish.
 
+        ``None`` is yielded too, whenever a second has passed without a result, so that callers can show progress.
         Errors: ``EngineError`` naming the unit; an ``EvenshardError`` of the function is raised as itself.
         """
         task = ray.remote(num_cpus=1, max_retries=3)(_attempt)
@@ -113,7 +112,8 @@ class Engine:
                 if not pending:
                     break
                 ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
-                idle()
+                if not ready:
+                    yield None
                 for reference in ready:
                     yield self._result(reference, pending.pop(reference))
         finally:
@@ -136,6 +136,6 @@ class Engine:
             raise EngineError(f"unit {name} failed after {MAX_ATTEMPTS} attempts: {cause or error}") from error
         except RayError as error:
             raise EngineError(
-                f"unit {name} lost its worker {4} times: {error}. "
+                f"unit {name} lost its worker {MAX_ATTEMPTS} times: {error}. "
                 "Finished units are kept: run the same command again to go on from here"
             ) from error

@@ -83,8 +83,8 @@ def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: st
 def add_manifest(root: str, name: str, policy: Policy) -> Snapshot:
     """Derive one more manifest for the newest snapshot of ``root`` and commit it as the next snapshot.
 
-    The same policy under the same name again is no change and returns the newest snapshot as it is. A name that is taken
-    by another policy is a ``UsageError``: trainers that use the name would silently get other draws.
+    The same policy under the same name again is no change and returns the newest snapshot as it is. A name taken by
+    another policy is a ``UsageError``: trainers that use the name would silently get other draws.
     """
     snapshot = open_snapshot(root)
     record = snapshot.record

@@ -193,9 +193,10 @@ class _Work:
 
             with Engine(address=self._config.address, workers=self._config.workers) as engine:
                 units = _chain(first, waiting)
-                for record in engine.map(_call, units, idle=lambda: self._notify(stage, done, total)):
-                    finished[record.digest] = record
-                    done += sizes.pop(record.digest)
+                for record in engine.map(_call, units):
+                    if record is not None:
+                        finished[record.digest] = record
+                        done += sizes.pop(record.digest)
                     self._notify(stage, done, total)
         return [finished[digest] for digest in order]
 
@@ -226,9 +227,7 @@ def _provisional(
         hashes = shard_hash(key[members], split=name, seed=config.seed)
         order = np.argsort(hashes)
         members = members[order]
-        parts = leaves(
-            hashes[order], size[members], max_samples=config.shard_samples, max_bytes=config.shard_bytes
-        )
+        parts = leaves(hashes[order], size[members], max_samples=config.shard_samples, max_bytes=config.shard_bytes)
         for leaf in parts:
             yield name, leaf.prefix, np.sort(members[leaf.start : leaf.stop])
 
@@ -297,9 +296,7 @@ def _reject_rows(
         yield row(int(samples.key[sample]), str(reason), detail, sha256)
 
 
-def _guard(
-    config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects: pa.Table, listing: Listing
-) -> None:
+def _guard(config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects: pa.Table, listing: Listing) -> None:
     """Refuse to publish what is probably an accident."""
     if parent is not None and "class-vanished" not in config.allow:
         before, now = parent.classes["count"].to_numpy(), tables.class_table["count"].to_numpy()
@@ -307,9 +304,9 @@ def _guard(
         if len(gone):
             shown = ", ".join(listing.class_names[i] for i in gone[:5])
             raise CommitError(
-                f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} have no image "
-                f"in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs another ROOT; "
-                "if the classes are meant to go, use --allow class-vanished. Nothing was published"
+                f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} have no "
+                f"image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs another "
+                "ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
             )
     if config.max_rejects is not None:
         lost = sum(reason not in _NOT_LOST for reason in rejects["reason"].to_pylist())

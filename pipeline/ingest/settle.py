@@ -120,9 +120,7 @@ def settle(
         stay = stay[~straddling]
         final[stay] = samples.split[stay]
     else:
-        final[stay] = assign(
-            samples.class_id[stay], group[stay], before[stay], num_classes=num_classes, seed=seed
-        )
+        final[stay] = assign(samples.class_id[stay], group[stay], before[stay], num_classes=num_classes, seed=seed)
     gone = np.flatnonzero(out)
     reason = tuple(
         Reason.LABEL_CONFLICT if found.conflict[i] else Reason.LEAK if leak[i] else Reason.DUPLICATE_OF for i in gone

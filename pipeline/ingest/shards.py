@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -49,7 +50,7 @@ def tar_header(name: str, size: int) -> bytes:
     """The 512-byte POSIX.1-1988 (USTAR) header of a regular file; ``name`` is ASCII, at most 100 bytes."""
     encoded = name.encode("ascii")
     if len(encoded) > 100 or size >= 8**11:
-        raise ValueError(f"a USTAR member needs a name of at most 100 bytes and less than 8 GiB: {name!r}, {size} bytes")
+        raise ValueError(f"a USTAR member has a name of at most 100 bytes and under 8 GiB: {name!r}, {size} bytes")
     octal = b"%011o\0" % size
     checksum = _FIXED_SUM + sum(encoded) + sum(octal) + sum(_MTIME)
     return encoded.ljust(100, b"\0") + _HEAD + octal + _MTIME + b"%06o\0 " % checksum + _TAIL
@@ -85,7 +86,7 @@ class TarWriter:
 
 def shard_hash(key: NDArray[np.uint64], *, split: str, seed: int) -> NDArray[np.uint64]:
     """The keyed hash that places a sample in its split's trie and orders it inside its class; uint64 like ``key``."""
-    return keyed_hash(np.uint64(derive(seed_key(seed), _TAG_SHARD, SPLITS.index(split))), key)
+    return keyed_hash(derive(seed_key(seed), _TAG_SHARD, SPLITS.index(split)), key)
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,10 @@ def read_index(store: Store, record: UnitRecord) -> pa.Table:
     return ipc_to_table(read_checked(store, path, record.index), INDEX, path)
 
 
+_PLACE = ("offset", "size", "checksum")
+_ROW = tuple(name for name in INDEX.names if name not in _PLACE)
+
+
 @dataclass(frozen=True)
 class _Sample:
     row: tuple[Any, ...]  # INDEX without offset, size and checksum
@@ -262,9 +267,7 @@ def _from_source(
         yield _Sample(row, facts.format, data, xxhash.xxh3_64_intdigest(data))
 
 
-def _row(
-    key: int, path: str, class_id: int, split: str, facts: Facts, digest: bytes, group: int
-) -> tuple[Any, ...]:
+def _row(key: int, path: str, class_id: int, split: str, facts: Facts, digest: bytes, group: int) -> tuple[Any, ...]:
     name = f"{key:016x}"
     return (name, path, class_id, split, facts.width, facts.height, facts.format, facts.mode, digest, group)
 
@@ -272,46 +275,43 @@ def _row(
 def _from_tars(unit: Unit, store: Store) -> Iterator[_Sample]:
     reader = ShardReader(store)
     for entry, tar in zip(unit.members.to_pylist(), unit.origins, strict=True):
-        path = tar_path(tar)
-        data = reader.read(path, entry["offset"], entry["size"])
-        checksum = xxhash.xxh3_64_intdigest(data)
-        if checksum != entry["checksum"]:  # read_image words the error
-            read_image(store, path, entry["offset"], entry["size"], entry["checksum"], f"key {entry['key']}")
-        names = [name for name in INDEX.names if name not in ("offset", "size", "checksum")]
-        yield _Sample(tuple(entry[name] for name in names), entry["format"], data, checksum)
+        place = (entry["offset"], entry["size"], entry["checksum"])
+        data = read_image(reader, tar_path(tar), *place, entry["key"])
+        yield _Sample(tuple(entry[name] for name in _ROW), entry["format"], data, entry["checksum"])
 
 
 def _write(store: Store, samples: Iterable[_Sample]) -> tuple[FileRef | None, FileRef | None]:
     """Write tar and index; members must come sorted by key."""
-    path = os.path.join(store.staging_dir(), "unit.tar")
     rows: list[tuple[Any, ...]] = []
-    with open(path, "xb", buffering=1 << 20) as stream:
-        tar = TarWriter(stream)
-        for sample in samples:
-            key, class_id = sample.row[0], sample.row[2]
-            label = (f"{key}.cls", b"%d" % class_id)
-            image = (f"{key}.{sample.extension}", sample.data)
-            offsets = {name: tar.add(name, data) for name, data in sorted((label, image))}
-            rows.append((*sample.row, offsets[image[0]], len(sample.data), sample.checksum))
-        digest = tar.close()
+    folder = store.staging_dir()
     try:
+        path = os.path.join(folder, "unit.tar")
+        with open(path, "xb", buffering=1 << 20) as stream:
+            tar = TarWriter(stream)
+            for sample in samples:
+                rows.append((*sample.row, _add(tar, sample), len(sample.data), sample.checksum))
+            digest = tar.close()
         if not rows:
             return None, None
-        tar_ref = FileRef(sha256=digest, size=tar.size, num_rows=len(rows))
         store.put_file(tar_path(digest), path)
     finally:
-        if os.path.exists(path):
-            os.unlink(path)
-        os.rmdir(os.path.dirname(path))
+        shutil.rmtree(folder, ignore_errors=True)
+    tar_ref = FileRef(sha256=digest, size=tar.size, num_rows=len(rows))
     index = table_to_ipc(_index_table(rows))
     index_ref = FileRef(sha256=hashlib.sha256(index).hexdigest(), size=len(index), num_rows=len(rows))
     store.put(index_path(index_ref.sha256), index)
     return tar_ref, index_ref
 
 
+def _add(tar: TarWriter, sample: _Sample) -> int:
+    key, class_id = sample.row[0], sample.row[2]
+    label, image = (f"{key}.cls", b"%d" % class_id), (f"{key}.{sample.extension}", sample.data)
+    offsets = {name: tar.add(name, data) for name, data in sorted((label, image))}
+    return offsets[image[0]]
+
+
 def _index_table(rows: list[tuple[Any, ...]]) -> pa.Table:
-    names = [name for name in INDEX.names if name not in ("offset", "size", "checksum")]
-    columns = dict(zip([*names, "offset", "size", "checksum"], zip(*rows, strict=True), strict=True))
+    columns = dict(zip([*_ROW, *_PLACE], zip(*rows, strict=True), strict=True))
     return pa.table([pa.array(columns[item.name], item.type) for item in INDEX], schema=INDEX)
 
 

@@ -49,7 +49,8 @@ def find_duplicates(
     differs = class_id[order] != class_id[first]
     conflicted = np.bincount(run, weights=differs, minlength=int(run[-1]) + 1 if num else 0)[run] > 0
     second = order[np.minimum(np.flatnonzero(starts)[run] + 1, max(num - 1, 0))]
-    result = Duplicates(*(np.zeros(num, dtype=bool) for _ in range(3)), np.full(num, -1, dtype=np.int64))
+    conflict, leak, duplicate = (np.zeros(num, dtype=bool) for _ in range(3))
+    result = Duplicates(conflict, leak, duplicate, np.full(num, -1, dtype=np.int64))
     result.conflict[order] = conflicted
     later = ~starts & ~conflicted
     result.leak[order] = later & (split[order] != split[first])
@@ -61,7 +62,7 @@ def find_duplicates(
 
 
 def join_groups(group: NDArray[np.uint64], first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Union ``first[i]`` with ``second[i]`` for all i; returns ``group`` with each id replaced by its component's smallest."""
+    """Union ``first[i]`` with ``second[i]`` for all i; each id in ``group`` becomes the smallest of its component."""
     parent: dict[int, int] = {}
 
     def root(value: int) -> int:
@@ -104,7 +105,7 @@ def assign(
     open_groups = np.flatnonzero(fixed == len(SPLITS))
     if len(open_groups):
         home = _home_classes(inverse, class_id, len(groups), num_classes)
-        rank_key = keyed_hash(np.uint64(derive(seed_key(seed), _TAG_GROUP)), groups)
+        rank_key = keyed_hash(derive(seed_key(seed), _TAG_GROUP), groups)
         chosen[open_groups] = _hold_out(home[open_groups], rank_key[open_groups], num_classes, seed)
         _return_to_train(chosen, fixed, inverse, class_id, rank_key, num_classes)
     return chosen[inverse]
@@ -122,9 +123,7 @@ def _home_classes(
     return of_class[order][first]
 
 
-def _hold_out(
-    home: NDArray[np.int64], rank_key: NDArray[np.uint64], num_classes: int, seed: int
-) -> NDArray[np.int8]:
+def _hold_out(home: NDArray[np.int64], rank_key: NDArray[np.uint64], num_classes: int, seed: int) -> NDArray[np.int8]:
     order = np.lexsort((rank_key, home))
     count = np.bincount(home, minlength=num_classes)
     start = np.cumsum(count) - count
@@ -132,7 +131,7 @@ def _hold_out(
     size = count[home[order]]
     held = np.minimum(MAX_HELD_OUT_GROUPS, np.maximum(1, size // 10))
     split = np.where(rank < held, VAL, np.where(rank < 2 * held, TEST, TRAIN))
-    class_key = keyed_hash(np.uint64(derive(seed_key(seed), _TAG_CLASS)), home[order].astype(np.uint64))
+    class_key = keyed_hash(derive(seed_key(seed), _TAG_CLASS), home[order].astype(np.uint64))
     of_two = np.where(rank == 0, np.where(class_key & np.uint64(1), TEST, VAL), TRAIN)
     split = np.where(size == 1, TRAIN, np.where(size == 2, of_two, split))
     result = np.empty(len(home), dtype=np.int8)
@@ -148,7 +147,7 @@ def _return_to_train(
     rank_key: NDArray[np.uint64],
     num_classes: int,
 ) -> None:
-    """Groups of several classes can hold out all that some class has; give each such class its first open group back."""
+    """Groups of several classes can hold out all that one class has: such a class gets its first open group back."""
     in_train = np.bincount(class_id[chosen[inverse] == TRAIN], minlength=num_classes)
     bare = (np.bincount(class_id, minlength=num_classes) > 0) & (in_train == 0)
     member = np.flatnonzero(bare[class_id] & (fixed[inverse] == len(SPLITS)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,7 +67,7 @@ def _sample_table(
     store: Store, numbered: Sequence[tuple[int, Written]], split: str, num_classes: int, seed: int
 ) -> tuple[pa.Table, ClassStats]:
     total = sum(shard.record.index.num_rows for _, shard in numbered if shard.record.index)
-    columns = {item.name: np.empty(total, item.type.to_pandas_dtype()) for item in SAMPLES}
+    columns: dict[str, NDArray[Any]] = {item.name: np.empty(total, item.type.to_pandas_dtype()) for item in SAMPLES}
     class_id, key = np.empty(total, np.int32), np.empty(total, np.uint64)
     start = 0
     for number, shard in numbered:
@@ -76,29 +77,19 @@ def _sample_table(
         columns["shard"][part], columns["row"][part] = number, np.arange(index.num_rows)
         for name in ("offset", "size", "checksum"):
             columns[name][part] = index[name].to_numpy()
-    stats = _class_stats(class_id, columns["size"], split, num_classes)
+    stats = ClassStats.of(class_id, np.broadcast_to(SPLITS.index(split), total), columns["size"], num_classes)
     order = np.lexsort((shard_hash(key, split=split, seed=seed), class_id))
     for name in columns:  # one column at a time: the unsorted copy is freed before the next is made
         columns[name] = columns[name][order]
     return pa.table(columns, schema=SAMPLES), stats
 
 
-def _class_stats(
-    class_id: NDArray[np.int32], size: NDArray[np.uint32], split: str, num_classes: int
-) -> ClassStats:
-    counts = np.zeros((len(SPLITS), num_classes), np.int64)
-    size_bytes = np.zeros_like(counts)
-    row = SPLITS.index(split)
-    counts[row] = np.bincount(class_id, minlength=num_classes)
-    np.add.at(size_bytes[row], class_id, size)
-    return ClassStats(counts=counts, size_bytes=size_bytes)
-
-
 def _shard_table(shards: Iterable[Written]) -> pa.Table:
     rows: list[tuple[str, str, int, str, int, str, int]] = []
     for shard in shards:
         tar, index = shard.record.tar, shard.record.index
-        assert tar is not None and index is not None  # an empty unit is no shard
+        assert tar is not None, shard  # an empty unit is no shard
+        assert index is not None, shard
         rows.append((shard.split, shard.prefix, tar.num_rows, tar.sha256, tar.size, index.sha256, index.size))
     return _from_rows(rows, SHARDS)
 

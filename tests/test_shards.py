@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from pipeline.ingest.shards import TarWriter, leaves, shard_hash, tar_header
+
+MEMBERS = [
+    ("00ff.cls", b"7"),
+    ("00ff.jpg", b"x" * 512),
+    ("0100.cls", b"12"),
+    ("0100.png", b""),
+    ("0101.jpg", b"y" * 700),
+]
+
+
+def written() -> tuple[bytes, list[int]]:
+    stream = io.BytesIO()
+    tar = TarWriter(stream)
+    offsets = [tar.add(name, data) for name, data in MEMBERS]
+    tar.close()
+    return stream.getvalue(), offsets
+
+
+def test_headers_are_those_of_the_standard_library() -> None:
+    info = tarfile.TarInfo("0123456789abcdef.jpg")
+    info.size, info.mode = 123_456, 0o644
+    assert tar_header(info.name, info.size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_tarfile_reads_every_member_back() -> None:
+    with tarfile.open(fileobj=io.BytesIO(written()[0])) as archive:
+        assert [(item.name, archive.extractfile(item).read()) for item in archive] == MEMBERS  # type: ignore[union-attr]
+
+
+def test_offsets_lead_to_the_data() -> None:
+    data, offsets = written()
+    assert all(data[offset : offset + len(body)] == body for offset, (_, body) in zip(offsets, MEMBERS, strict=True))
+
+
+def test_close_returns_the_hash_of_the_whole_file() -> None:
+    stream = io.BytesIO()
+    tar = TarWriter(stream)
+    tar.add("a.jpg", b"1")
+    assert tar.close() == hashlib.sha256(stream.getvalue()).hexdigest()
+    assert tar.size == len(stream.getvalue())
+
+
+def test_a_name_that_ustar_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 100 bytes"):
+        tar_header("k" * 101, 1)
+
+
+def sorted_hashes(num: int, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).integers(0, 2**64, num, dtype=np.uint64))
+
+
+def divide(
+    hashes: np.ndarray, max_samples: int = 20, max_bytes: int = 10**9, size: int = 1
+) -> dict[str, tuple[int, ...]]:
+    sizes = np.full(len(hashes), size, np.int64)
+    parts = leaves(hashes, sizes, max_samples=max_samples, max_bytes=max_bytes)
+    return {leaf.prefix: tuple(hashes[leaf.start : leaf.stop].tolist()) for leaf in parts}
+
+
+@pytest.mark.parametrize("num", [0, 1, 20, 21, 500, 3000])
+@pytest.mark.parametrize("seed", range(3))
+def test_leaves_hold_every_sample_once_under_its_own_prefix(num: int, seed: int) -> None:
+    hashes = sorted_hashes(num, seed)
+    parts = divide(hashes)
+    assert [value for prefix in sorted(parts) for value in parts[prefix]] == hashes.tolist()
+    assert all(f"{value:064b}".startswith(prefix) for prefix, values in parts.items() for value in values)
+    assert all(1 <= len(values) <= 20 for values in parts.values())
+
+
+def test_bytes_divide_too_and_one_huge_image_stands_alone() -> None:
+    assert max(map(len, divide(sorted_hashes(100, 0), max_samples=1000, max_bytes=10).values())) <= 10
+    assert set(map(len, divide(sorted_hashes(9, 0), max_samples=1000, max_bytes=10, size=99).values())) == {1}
+
+
+def leaf_of(parts: dict[str, tuple[int, ...]], value: int) -> str:
+    return next(prefix for prefix in parts if f"{value:064b}".startswith(prefix))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_one_sample_more_or_less_touches_one_leaf(seed: int) -> None:
+    """B3: all that changes lies below the coarser of the two leaves that hold the sample: grown, shrunk, split, merged."""
+    hashes = sorted_hashes(400, seed)
+    gone = int(np.random.default_rng(seed).integers(0, 400))
+    larger, smaller = divide(hashes), divide(np.delete(hashes, gone))
+    changed = {prefix for prefix in larger.keys() | smaller.keys() if larger.get(prefix) != smaller.get(prefix)}
+    coarser = min((leaf_of(parts, int(hashes[gone])) for parts in (larger, smaller)), key=len)
+    assert changed
+    assert all(prefix.startswith(coarser) for prefix in changed)
+
+
+def test_splits_and_seeds_have_tries_of_their_own() -> None:
+    key = np.arange(100, dtype=np.uint64)
+    hashes = [shard_hash(key, split=split, seed=seed) for split in ("train", "val") for seed in (0, 1)]
+    assert len({tuple(np.argsort(value).tolist()) for value in hashes}) == 4
