@@ -1,25 +1,21 @@
-"""The repository keeps its own rules: names, sizes, the lock, what the README shows, the rule on skipped tests."""
+"""The repository keeps its own rules: names, sizes, the lock, the rule on skipped tests."""
 
 from __future__ import annotations
 
 import importlib
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 
 import pipeline
 
 TOP = Path(__file__).parents[1]
 MODULES = sorted(path for room in ("pipeline", "jobs") for path in (TOP / room).rglob("*.py"))
-PROMISES = ["E1", "E2", "E3", "E4", "E4b", "E5", "E6", "B1", "B2", "B3", "B4", "R1", "S1"]
 VAGUE_NAMES = {"util", "utils", "common", "core", "helper", "helpers", "base", "misc", "legacy"}
 
 
@@ -94,103 +90,6 @@ def test_the_lock_holds_every_direct_dependency() -> None:
     names = {re.split(r"[\[<>=]", line)[0] for line in wanted} - {"evenshard"}
     locked = re.findall(r"^([a-z0-9-]+)==", (TOP / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)
     assert names - set(locked) == set()
-
-
-# ---- What the README shows can be typed
-
-
-def test_readme_commands_exist() -> None:
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
-    cli = importlib.import_module("pipeline.cli")
-    group = next(value for value in vars(cli).values() if isinstance(value, click.Group))
-    commands = list(shown_commands(readme, "evenshard"))
-    assert {words[0] for words in commands} >= set(group.list_commands(click.Context(group)))
-    assert [problem for words in commands for problem in misfits(group, words)] == []
-
-
-def test_readme_make_targets_exist() -> None:
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", (TOP / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {word for words in shown_commands(readme, "make") for word in words} - targets == set()
-
-
-def test_readme_python_uses_public_names() -> None:
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
-    used = {name for block in blocks(readme, "python") for name in re.findall(r"(?<!from )\bpipeline\.(\w+)", block)}
-    assert used
-    assert used <= set(pipeline.__all__)
-
-
-def test_readme_imports_exist() -> None:
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
-    imports = {line for block in blocks(readme, "python") for line in block.splitlines() if line.startswith("from ")}
-    assert imports
-    run_python("\n".join(sorted(imports)))
-
-
-@pytest.mark.parametrize("promise", PROMISES)
-def test_readme_names_a_test_for_every_promise(promise: str) -> None:
-    row = next(
-        line
-        for line in (TOP / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith(f"| {promise} |")
-    )
-    held_by = re.findall(r"`(test_\w+)::(\w+)`", row)
-    assert held_by
-    missing = [
-        name for file, name in held_by if f"def {name}(" not in (TOP / f"tests/{file}.py").read_text(encoding="utf-8")
-    ]
-    assert missing == []
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("stats ROOT --split val", None),
-        ("stat ROOT", "no command 'stat'"),
-        ("stats ROOT --spilt val", "stats has no option --spilt"),
-        ("stats ROOT OTHER", "stats takes 1 argument(s), got 2"),
-    ],
-)
-def test_a_wrong_command_line_in_the_readme_would_be_found(line: str, problem: str | None) -> None:
-    stats = click.Command("stats", params=[click.Argument(["root"]), click.Option(["--split"])])
-    assert misfits(click.Group(commands={"stats": stats}), line.split()) == ([problem] if problem else [])
-
-
-def blocks(markdown: str, *languages: str) -> list[str]:
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-
-
-def shown_commands(markdown: str, program: str) -> Iterator[list[str]]:
-    """The words after ``program`` on every line of a shell block that starts with it."""
-    for block in blocks(markdown, "bash", "sh", "console"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            if words[:1] == [program]:
-                yield words[1:]
-
-
-def misfits(group: click.Group, words: list[str]) -> list[str]:
-    """What of one command line its command does not know: the command, its options, too many arguments."""
-    command = group.get_command(click.Context(group), words[0])
-    if command is None:
-        return [f"no command {words[0]!r}"]
-    options = {name: param for param in command.params for name in param.opts if isinstance(param, click.Option)}
-    problems: list[str] = []
-    num_arguments = 0
-    rest = iter(words[1:])
-    for word in rest:
-        name, _, value = word.partition("=")
-        if not name.startswith("-"):
-            num_arguments += 1
-        elif name not in options:
-            return [f"{words[0]} has no option {name}"]
-        elif not value and not getattr(options[name], "is_flag", False):
-            next(rest, None)
-    accepted = [param.nargs for param in command.params if isinstance(param, click.Argument)]
-    if -1 not in accepted and num_arguments > sum(accepted):
-        problems.append(f"{words[0]} takes {sum(accepted)} argument(s), got {num_arguments}")
-    return problems
 
 
 # ---- The rule on skipped tests, shown on a test file of its own
