@@ -1,0 +1,231 @@
+"""The build file: what a build is asked to do.
+
+Comes in: YAML and flags, in many spellings. Goes out: one frozen `BuildConfig`. Guarantees: an unknown key, a doubled
+key or a value out of range is a `ConfigError` that names file, key and what would be right; nothing of the file is
+executed; `meaning()` is the part that decides bytes, with neither a place, a clock nor a float in it.
+
+Relative paths are relative to the working directory, in a file as in a flag.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from pipeline.images import HARD_MAX_PIXELS, Limits
+
+MAX_FILE_BYTES = 1 << 20
+
+GUARDRAILS = ("class-map", "class-vanished", "rejects", "shrink")
+"""What `allow` may waive: refusals of a commit (DESIGN.md, section 6)."""
+
+_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def _to_bytes(value: object) -> object:
+    """'128 MiB' -> 134217728; anything else is left to the validator."""
+    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        return value
+    return int(match[1]) * _BYTE_UNITS[match[2].lower()]
+
+
+def _to_budget(value: object) -> object:
+    """'5' -> 5 images; '1%' or '0.01' -> a share of all images."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    if re.fullmatch(r"\d*\.?\d+%", text):
+        return float(text[:-1]) / 100
+    return float(text) if re.fullmatch(r"\d*\.\d+", text) else value
+
+
+def _to_path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
+Budget = Annotated[int | float | None, BeforeValidator(_to_budget)]
+Place = Annotated[str, BeforeValidator(_to_path), Field(min_length=1)]
+Column = Annotated[str, Field(min_length=1)]
+
+
+class BuildConfig(BaseModel):
+    """One build, validated. Every field is a key of the build file and, spelled with dashes, a flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: Place
+    root: Place
+    label_from: Literal["parent", "top", "path"] = "parent"
+    split_from: Literal["none", "top"] | None = (
+        None  # None: not chosen, so a source with split folders stops with advice
+    )
+    path_column: Column | None = None
+    label_column: Column | None = None
+    split_column: Column | None = None
+    group_column: Column | None = None
+    images: Place | None = None
+    check: Literal["decode", "header"] = "decode"
+    shard_samples: int = Field(default=2000, ge=1)
+    shard_bytes: Bytes = 128 << 20
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    manifests: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
+    max_rejects: Budget = None
+    max_pixels: int = Field(default=Limits.max_pixels, ge=1, le=HARD_MAX_PIXELS)
+    max_image_bytes: Bytes = Limits.max_bytes
+    workers: int | None = Field(default=None, ge=1)
+    address: str | None = None
+    allow: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
+
+    @field_validator("manifests")
+    @classmethod
+    def _named_plainly(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+                raise ValueError(f"{name!r} is no manifest name: use letters, digits, '-', '_' and '.', at most 64")
+        return dict(sorted(value.items()))
+
+    @field_validator("max_rejects")
+    @classmethod
+    def _count_or_rate(cls, value: float | None) -> float | None:
+        if value is not None and not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
+            raise ValueError("give a count (10), a rate from 0.0 to 1.0 (0.01) or a percentage ('1%')")
+        return value
+
+    @field_validator("allow")
+    @classmethod
+    def _known_guardrails(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in GUARDRAILS:
+                raise ValueError(f"{name!r} is no guardrail{_nearest(name, GUARDRAILS)}")
+        return tuple(sorted(set(value)))
+
+    @property
+    def limits(self) -> Limits:
+        """What images.inspect refuses."""
+        return Limits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes)
+
+    def meaning(self) -> dict[str, Any]:
+        """The fields that decide bytes, for records and their digests: strings, integers and null only."""
+        decisive = self.model_dump(exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects"})
+        return {name: _without_floats(value) for name, value in decisive.items()}
+
+
+KEYS = tuple(BuildConfig.model_fields)
+
+
+def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a build file, checked one by one, not yet complete."""
+    where = os.fspath(path)
+    try:
+        with open(where, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"build file {where!r} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"build file {where!r} is larger than {MAX_FILE_BYTES} bytes; is it a build file?")
+    values = _parse(data, where)
+    _check_keys(values, where)
+    _validated({"source": "unset", "root": "unset", **values}, where)
+    return values
+
+
+def make_config(file_values: Mapping[str, Any] | None = None, **flags: Any) -> BuildConfig:
+    """One config of a build file's values and flags. A flag that is None or () was not given; others override.
+
+    ``manifests`` and ``allow`` add to those of the file.
+    """
+    values = dict(file_values or {})
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    _check_keys(values, "the build file")
+    _check_keys(given, "the flags")
+    if "manifests" in given:
+        given["manifests"] = {**(values.get("manifests") or {}), **given["manifests"]}
+    if "allow" in given:
+        given["allow"] = (*(values.get("allow") or ()), *given["allow"])
+    values.update(given)
+    for name in ("source", "root"):
+        if values.get(name) is None:
+            raise ConfigError(f"{name} is missing: evenshard build SOURCE ROOT, or `{name}:` in the build file")
+    return _validated(values, "the build options")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, each key once, no aliases: 324 bytes of aliases can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: aliases (*name) are not supported, write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key_node.value!r} stands here twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        values: object = _Loader(data.decode("utf-8-sig")).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"build file {where!r} is not plain YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"build file {where!r} must hold `key: value` lines, for example `source: photos/`")
+    return dict(values)
+
+
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    unknown = [f"{name!r}{_nearest(name, KEYS)}" for name in values if name not in KEYS]
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {'; '.join(unknown)}. Valid keys: {', '.join(KEYS)}")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    options = tuple(valid)
+    close = difflib.get_close_matches(name.replace("-", "_"), options, n=1) or difflib.get_close_matches(
+        name, options, 1
+    )
+    return f" (did you mean {close[0]!r}?)" if close else f" (one of: {', '.join(options)})"
+
+
+def _validated(values: Mapping[str, Any], where: str) -> BuildConfig:
+    try:
+        return BuildConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from error
+
+
+def _problem(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{item['loc'][0]} = {item['input']!r}: {message}"
+
+
+def _without_floats(value: Any) -> Any:
+    """Floats as their shortest decimal text: records and manifests hold integers and strings only."""
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, dict):
+        return {str(name): _without_floats(item) for name, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
+    if isinstance(value, list | tuple):
+        return [_without_floats(item) for item in value]
+    return value
