@@ -173,22 +173,25 @@ class Store:
     @contextmanager
     def explained(self, verb: str, path: str) -> Generator[None]:
         """Turn what storage raises into the errors of this project."""
-        what = f"cannot {verb} {path or 'ROOT'} in {self.url}"
         try:
             yield
         except EvenshardError:
             raise
-        except FileNotFoundError as error:
-            raise NotFoundError(f"{what}: no such file; {RESTORE}") from self._cause(error)
-        except FileExistsError as error:
-            raise AlreadyExistsError(f"{what}: it exists, and files are never overwritten") from self._cause(error)
         except OSError as error:
-            raise StoreError(f"{what}: {explain(error)}") from self._cause(error)
+            raise self._translated(error, f"cannot {verb} {path or 'ROOT'} in {self.url}") from self._cause(error)
         except Exception as error:
             if self.is_local:
                 raise
             # Clients of object stores raise types of their own.
-            raise StoreError(f"{what}: {type(error).__name__}: {redact(str(error))}") from None
+            text = f"cannot {verb} {path or 'ROOT'} in {self.url}: {type(error).__name__}: {redact(str(error))}"
+            raise StoreError(text) from None
+
+    def _translated(self, error: OSError, what: str) -> StoreError:
+        if isinstance(error, FileNotFoundError):
+            return NotFoundError(f"{what}: no such file; {RESTORE}")
+        if isinstance(error, FileExistsError):
+            return AlreadyExistsError(f"{what}: it exists, and files are never overwritten")
+        return StoreError(f"{what}: {explain(error)}")
 
     def _cause(self, error: OSError) -> OSError | None:
         """Tracebacks print causes, and those of a remote client may hold signed URLs."""

@@ -37,7 +37,8 @@ class ShardReader:
         if not self.store.is_local:
             return self.store.read_range(tar_path, offset, size)
         with self.store.explained("read", tar_path):
-            data = read_fully(self._descriptor(tar_path).number, offset, size)
+            descriptor = self._descriptor(tar_path)  # held until it was read: another thread may drop it from the cache
+            data = read_fully(descriptor.number, offset, size)
         if len(data) != size:
             raise IntegrityError(
                 f"{tar_path} in {self.store.url} is cut short: expected {size} bytes at offset {offset}, "
@@ -46,7 +47,7 @@ class ShardReader:
         return data
 
     def _descriptor(self, tar_path: str) -> _Descriptor:
-        """The caller's reference keeps it open, even if another thread drops it from the cache meanwhile."""
+        """It stays open as long as the caller holds it."""
         with self._lock:
             found = self._open.get(tar_path)
             if found is not None:
