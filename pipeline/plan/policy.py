@@ -9,7 +9,8 @@ Guarantees:
 * exact: integers and fractions only, powers and roots to 24 decimals by correctly rounded decimal arithmetic, so the
   targets are the same on every platform. Ties go to the smaller class id.
 * ``N`` is the sum of the counts, ``K`` the number of classes that have an image. A class without images gets no draws.
-* more images, at least as many draws (``explicit`` aside); classes of equal size differ by at most one draw.
+* more images, at least as many draws; equal wishes differ by at most the one draw that rounding gives. (``explicit``
+  is what its table says.)
 * ``max_repeat`` always wins: over floors, over the asked total. What it withheld is ``Targets.shortfall``.
 * ``epoch_size`` scales any policy: the wishes of all classes by one factor, then the cap. ``power`` and ``ratio`` meet
   it by moving s between their floor and ceiling, which stay.
@@ -242,7 +243,7 @@ class _Demand:
     unit: int = 1  # a class wishes weight / unit draws ...
     total: int | None = None  # ... or a share of this total in proportion to weight,
     low: int = 0  # between these
-    high: int = MAX_INTEGER
+    high: list[int] | None = None
 
 
 def _natural(groups: _Groups, policy: Policy) -> _Demand:
@@ -275,7 +276,7 @@ def _power(groups: _Groups, policy: Policy) -> _Demand:
         raise PolicyError(f"policy {policy}: floor {low} is above ceiling {high}")
     alpha = Decimal(str(policy.get("alpha")))
     weight = [_raise(size, alpha) for size in groups.sizes]
-    return _Demand(weight=weight, total=groups.num_images, low=low, high=high)
+    return _Demand(weight=weight, total=groups.num_images, low=low, high=[high] * len(weight))
 
 
 def _raise(size: int, alpha: Decimal) -> int:
@@ -285,26 +286,26 @@ def _raise(size: int, alpha: Decimal) -> int:
 
 
 def _ratio(groups: _Groups, policy: Policy) -> _Demand:
-    """T in [low, max_ratio * low], low as large as the total allows. Networks tolerate 10:1: Cao et al., NeurIPS 2019.
+    """T in [low, max_ratio * low], as near to natural as the total allows. Networks tolerate 10:1: Cao et al. 2019.
 
-    The ratio is kept exactly: it wins over epoch_size, and max_repeat wins over both.
+    Low is the least that reaches the total; then the largest classes are lowered to one level. The ratio is kept
+    exactly: it wins over epoch_size, and max_repeat wins over both.
     """
     total = policy.integer("epoch_size") or groups.num_images
     ratio, caps = policy.number("max_ratio"), _caps(groups, policy)
+    natural = [ceil(Fraction(size * total, groups.num_images)) for size in groups.sizes]
 
-    def exceeds(low: int) -> bool:
-        high = floor(ratio * low)
-        return _clipped_sum(groups, caps, total, low, high) > total * groups.num_images
+    def bounds(low: int) -> list[int]:
+        return [min(max(low, size), floor(ratio * low)) for size in natural]
 
-    low = max(1, bisect_left(range(1, total + 1), True, key=exceeds))
-    return _Demand(weight=groups.sizes, total=total, low=low, high=floor(ratio * low))
+    def reaches(low: int) -> bool:
+        return total_of(groups.many, [min(*pair) for pair in zip(bounds(low), caps, strict=True)]) >= total
 
-
-def _clipped_sum(groups: _Groups, caps: list[int], total: int, low: int, high: int) -> int:
-    """Sum over classes of clip(n * total / N, low, high), capped; times N."""
-    scale = groups.num_images
-    rows = zip(groups.sizes, groups.many, caps, strict=True)
-    return sum(many * min(cap * scale, max(low * scale, min(high * scale, size * total))) for size, many, cap in rows)
+    low = 1 + bisect_left(range(1, total + 1), True, key=reaches)
+    if total_of(groups.many, [min(low, cap) for cap in caps]) <= total:
+        return _Demand(weight=[1] * len(natural), total=total, low=low, high=bounds(low))
+    low = max(1, low - 1)  # a ratio near 1: nothing between low and low + 1, so raise the largest classes instead
+    return _Demand(weight=groups.sizes, total=total, low=low, high=[floor(ratio * low)] * len(natural))
 
 
 def _repeat_factor(groups: _Groups, policy: Policy) -> _Demand:
@@ -460,7 +461,8 @@ def _settle(groups: _Groups, demand: _Demand, policy: Policy) -> tuple[int, list
         ideal = [min(weight, cap * demand.unit) for weight, cap in zip(demand.weight, caps, strict=True)]
         return asked, *_bounded(ideal, demand.unit, policy)
     low = [min(demand.low, cap) for cap in caps]
-    high = [min(demand.high, cap) if weight else 0 for weight, cap in zip(demand.weight, caps, strict=True)]
+    above = demand.high or [MAX_INTEGER if weight else 0 for weight in demand.weight]
+    high = [min(bound, cap) for bound, cap in zip(above, caps, strict=True)]
     least = total_of(groups.many, low)
     if least > total and policy.get("epoch_size") is not None:
         raise PolicyError(f"policy {policy}: a floor of {demand.low} takes {least} draws; raise epoch_size or lower it")
