@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shutil
@@ -71,6 +72,54 @@ def run_python(program: str) -> str:
 def test_module_is_of_one_job_and_has_a_telling_name(module: Path) -> None:
     assert module.stem not in VAGUE_NAMES
     assert len(module.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+UNPICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+EXECUTORS = {"eval", "exec", "__import__"}
+UNSAFE_READERS = {"read_pickle", "unsafe_load", "full_load"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(TOP).as_posix())
+def test_no_module_can_execute_what_it_reads(module: Path) -> None:
+    assert dangers(module.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "eval(text)",
+        "pandas.read_pickle(path)",
+        "numpy.load(path, allow_pickle=True)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(text, Loader=yaml.UnsafeLoader)",
+    ],
+)
+def test_executing_what_is_read_would_be_found(program: str) -> None:
+    assert dangers(program) == ["line 1"]
+
+
+def dangers(program: str) -> list[str]:
+    """Lines that import an unpickler, call something that executes its argument, or switch a safe loader to unsafe."""
+    return [f"line {node.lineno}" for node in ast.walk(ast.parse(program)) if is_dangerous(node)]
+
+
+def is_dangerous(node: ast.AST) -> bool:
+    match node:
+        case ast.Import(names):
+            return any(alias.name.partition(".")[0] in UNPICKLERS for alias in names)
+        case ast.ImportFrom(module):
+            return (module or "").partition(".")[0] in UNPICKLERS
+        case ast.Call(ast.Name(name)):
+            return name in EXECUTORS
+        case ast.Call(ast.Attribute(attr=name)):
+            return name in UNSAFE_READERS
+        case ast.keyword("allow_pickle", ast.Constant(True)) | ast.keyword("weights_only", ast.Constant(False)):
+            return True
+        case ast.keyword("Loader", ast.Attribute(attr=loader)):
+            return "Unsafe" in loader or "Full" in loader
+    return False
 
 
 def test_the_lock_hashes_every_requirement_and_names_no_host() -> None:
