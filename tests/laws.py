@@ -44,7 +44,7 @@ def even(function: EpochFunction, pool: I64, cuts: list[int]) -> None:
 
 
 def covers(function: EpochFunction, pool: I64, targets: I64, epoch: int) -> None:
-    """E2: ceil(n/T) epochs from epoch 0, ceil(1.5 n/T) from any other, show every image of every class with a target."""
+    """E2: ceil(n/T) epochs from epoch 0, ceil(1.5 n/T) from any other, show every image of a class with a target."""
     num_epochs = -(-pool // np.maximum(targets, 1)) if epoch == 0 else -(-3 * pool // np.maximum(2 * targets, 1))
     begin = function.epoch_start(epoch)
     for length in np.unique(num_epochs[targets > 0]):
@@ -76,16 +76,18 @@ def apart_on_the_clock(function: EpochFunction, pool: I64, targets: I64, first_e
     first, second = order[:-1][same], order[1:][same]
     owner = np.searchsorted(np.cumsum(pool), images[first], side="right")
     largest = _largest_between(targets, epochs[first], epochs[second], owner)
-    assert len(first) and ((time[second] - time[first]) * 4 >= pool[owner] / largest * (1 - 1e-9)).all()
+    assert len(first)
+    assert ((time[second] - time[first]) * 4 >= pool[owner] / largest * (1 - 1e-9)).all()
 
 
 def apart_in_positions(class_id: Ids, images: I64, gap: NDArray[np.floating[Any]]) -> None:
     """E4: in positions, two draws of an image of mean gap g are at least g/4 - 3*sqrt(g) apart. ``gap`` is by class."""
     distance, owner = gaps(class_id, images)
-    assert len(distance) and (distance >= gap[owner] / 4 - 3 * np.sqrt(gap[owner])).all()
+    assert len(distance)
+    assert (distance >= gap[owner] / 4 - 3 * np.sqrt(gap[owner])).all()
 
 
-def gaps(class_id: Ids, images: I64) -> tuple[I64, I64]:
+def gaps(class_id: Ids, images: I64) -> tuple[I64, Ids]:
     """Positions between successive draws of one image (numbered across classes), and the class of each."""
     order = np.argsort(images, kind="stable")
     same = images[order][1:] == images[order][:-1]
@@ -95,12 +97,15 @@ def gaps(class_id: Ids, images: I64) -> tuple[I64, I64]:
 def mixed(class_id: Ids, batch: int, num_classes: int, seed: int) -> None:
     """E4b: pairs of classes meet in batches about as often as under a random order of the same draws.
 
-    var(z) of the pair counts is at most 1.35 times a random order's, and max abs(z) at most 1.35 times.
+    var(z) of the pair counts is at most 1.35 times that of random orders, and max abs(z) at most 1.5 times the largest
+    of five: where two rare classes are expected to meet never, one chance meeting is a large z.
     """
     z = meetings(class_id, batch, num_classes)
-    random = meetings(np.random.default_rng(seed).permutation(class_id), batch, num_classes)
-    assert z.var() <= 1.35 * random.var(), (z.var(), random.var())
-    assert np.abs(z).max() <= 1.35 * np.abs(random).max(), (np.abs(z).max(), np.abs(random).max())
+    rng = np.random.default_rng(seed)
+    random = [meetings(rng.permutation(class_id), batch, num_classes) for _ in range(5)]
+    var, largest = np.mean([r.var() for r in random]), np.max([np.abs(r).max() for r in random])
+    assert z.var() <= 1.35 * var, (z.var(), var)
+    assert np.abs(z).max() <= 1.5 * largest, (np.abs(z).max(), largest)
 
 
 def meetings(class_id: Ids, batch: int, num_classes: int) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """The epoch function of DESIGN.md, section 8, once more: plain Python integers, no numpy, no windows, no caches.
 
-Slow and obvious, written from the text and sharing nothing with ``pipeline``; ``python tests/reference_epoch.py`` writes
-the golden vectors again (which is only right when ``epoch_rule`` changes).
+Slow and obvious, written from the text and sharing nothing with ``pipeline``. ``python tests/reference_epoch.py``
+writes the golden vectors again, which is only right when ``epoch_rule`` changes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+
+Schedule = list[tuple[list[int], int | None]]
 
 PHI = 0x9E3779B97F4A7C15
 N, Q = 2**32, 2**30
@@ -100,7 +102,7 @@ def image(seed: int, class_id: int, p: int, n: int) -> int:
     return (value + class_key(seed, TURN, class_id)) % n
 
 
-def targets_of(schedule: list[tuple[list[int], int | None]], epoch: int) -> list[int]:
+def targets_of(schedule: Schedule, epoch: int) -> list[int]:
     for targets, num_epochs in schedule:
         if num_epochs is None or epoch < num_epochs:
             return targets
@@ -108,7 +110,7 @@ def targets_of(schedule: list[tuple[list[int], int | None]], epoch: int) -> list
     raise AssertionError("after the schedule")
 
 
-def drawn_before(schedule: list[tuple[list[int], int | None]], epoch: int) -> list[int]:
+def drawn_before(schedule: Schedule, epoch: int) -> list[int]:
     drawn = [0] * len(schedule[0][0])
     for targets, num_epochs in schedule:
         length = epoch if num_epochs is None else min(epoch, num_epochs)
@@ -117,7 +119,7 @@ def drawn_before(schedule: list[tuple[list[int], int | None]], epoch: int) -> li
     return drawn
 
 
-def epoch_order(seed: int, schedule: list[tuple[list[int], int | None]], epoch: int) -> list[tuple[int, int, int]]:
+def epoch_order(seed: int, schedule: Schedule, epoch: int) -> list[tuple[int, int, int]]:
     """All (tick, class, p) of one epoch, in order."""
     targets, first = targets_of(schedule, epoch), drawn_before(schedule, epoch)
     return sorted(
@@ -127,32 +129,57 @@ def epoch_order(seed: int, schedule: list[tuple[list[int], int | None]], epoch: 
     )
 
 
-def sequence(
-    seed: int, pool: list[int], schedule: list[tuple[list[int], int | None]], epochs: range
-) -> list[tuple[int, int, int]]:
+def epoch_slice(seed: int, schedule: Schedule, epoch: int, place: int, num: int) -> list[tuple[int, int]]:
+    """``num`` (class, p) from this place of an epoch that is too long to sort: bisect the clock, then sort a little."""
+    targets, first = targets_of(schedule, epoch), drawn_before(schedule, epoch)
+
+    def when(c: int, j: int) -> int:
+        return tick(class_key(seed, WHEN, c), first[c] + j, j, targets[c])
+
+    def drawn(time: int) -> list[int]:
+        """Draws of each class before this tick. All slots before the one that holds it are over."""
+        over = [time * t // CLOCK for t in targets]
+        return [j + (j < t and when(c, j) < time) for c, (j, t) in enumerate(zip(over, targets, strict=True))]
+
+    low, high = 0, CLOCK  # the last tick before which no more than ``place`` draws lie
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(drawn(middle)) <= place else (low, middle)
+    counts = drawn(low)
+    ahead = place - sum(counts) + num
+    rows = [(when(c, j), c, j) for c, t in enumerate(targets) for j in range(counts[c], min(t, counts[c] + ahead))]
+    return [(c, first[c] + j) for _, c, j in sorted(rows)[ahead - num : ahead]]
+
+
+def sequence(seed: int, pool: list[int], schedule: Schedule, epochs: range) -> list[tuple[int, int, int]]:
     """All (class, p, image) of these epochs, in order."""
     return [(c, p, image(seed, c, p, pool[c])) for e in epochs for _, c, p in epoch_order(seed, schedule, e)]
 
 
-CASES = {
+CASES: dict[str, tuple[int, list[int], Schedule, int]] = {  # seed, pool, schedule, epochs
     "plain": (7, [3, 1, 10, 40], [([4, 4, 4, 4], None)], 3),
     "holes": (2**63 + 5, [0, 1, 2, 37, 600], [([0, 3, 0, 20, 9], None)], 2),
     "schedule": (0, [5, 2, 33, 1], [([5, 0, 33, 1], 2), ([3, 3, 3, 3], 1), ([0, 9, 1, 0], None)], 5),
 }
 
 
-def _golden() -> dict[str, object]:
-    key = class_key(1, WHICH, 2)
+def golden() -> dict[str, object]:
+    when, which = class_key(3, WHEN, 77), class_key(4, WHICH, 0)
     return {
         "epoch_rule": 1,
         "mix": [[str(x), str(mix(x))] for x in (0, 1, 2**32, 2**64 - 1)],
         "class_key": [[s, t, c, str(class_key(s, t, c))] for s in (0, 3, 4) for t in (1, 2, 3) for c in (0, 77, 10**6)],
-        "jitter": [[p, place_in_slot(key, p)] for p in (*range(12), 2**40 - 1, 2**40)],
-        "permute": [[n, [permuted(key, x, n) for x in range(n)]] for n in (1, 2, 3, 6, 15, 16, 17, 31, 100)],
-        "permute_large": [[n, x, permuted(key, x, n)] for n in (10**6 + 3,) for x in (0, 1, 999_999)],
+        "jitter": [[p, place_in_slot(when, p)] for p in (*range(12), 2**40 - 1, 2**40)],
+        "permute": [[n, [permuted(which, x, n) for x in range(n)]] for n in (1, 2, 3, 6, 15, 16, 17, 31, 100)],
+        "permute_large": [[n, x, permuted(which, x, n)] for n in (10**6 + 3,) for x in (0, 1, 999_999)],
         "cases": {
-            name: {"seed": str(seed), "pool": pool, "schedule": schedule, "draws": sequence(seed, pool, schedule, range(n))}
-            for name, (seed, pool, schedule, n) in CASES.items()
+            name: {
+                "seed": str(seed),
+                "pool": pool,
+                "schedule": schedule,
+                "draws": sequence(seed, pool, schedule, range(num_epochs)),
+            }
+            for name, (seed, pool, schedule, num_epochs) in CASES.items()
         },
     }
 
@@ -162,6 +189,6 @@ def _compact(value: object) -> str:
 
 
 if __name__ == "__main__":
-    entries = ",\n".join(f" {json.dumps(name)}: {_compact(value)}" for name, value in _golden().items())
+    entries = ",\n".join(f" {json.dumps(name)}: {_compact(value)}" for name, value in golden().items())
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text("{\n" + entries + "\n}\n")

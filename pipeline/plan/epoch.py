@@ -7,8 +7,8 @@ position costs the same to reach as the first.
 
     position --epoch_of--> epoch --windows--> (class, p) --images--> (class, image, repeat)
 
-An epoch is a clock of 2^62 ticks. Draw p of a class has a tick of its own; the order of the epoch is the order of the
-ticks. Only one window of the clock is ever sorted, and counts at its two borders say which draws it holds.
+An epoch is a clock of 2^62 ticks (``clock``). Draw p of a class has a tick of its own; the order of the epoch is the
+order of the ticks. Only one window of the clock is ever sorted; counts at its two borders say which draws it holds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PolicyError, UsageError
 from pipeline.keyed import I64, U64, ceil_sqrt, derive, keyed_hash, permute, seed_key
+from pipeline.plan.clock import Clock, Epoch, Window
 
 EPOCH_RULE = 1
 """Stands in manifests and loader states. Another order of draws needs another number."""
 
-CLOCK_BITS = 62
 MAX_TARGET = 1 << 31
 MAX_POSITION = 1 << 62
 WINDOW_DRAWS = 65536
@@ -38,11 +38,7 @@ WINDOW_DRAWS = 65536
 _WHEN, _WHICH, _TURN = 1, 2, 3
 _CACHED = 2  # windows and epochs kept: a batch may straddle a border
 _IMAGES_AT_ONCE = 16384  # rows whose temporaries stay in the processor's cache
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
 _ONE = np.uint64(1)
-_N = np.uint64(1 << 32)
-_Q = np.uint64(1 << 30)
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -58,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """Consecutive positions of the sequence: ``class_id`` int32[n], and ``draw`` int64[n], which number p of its class."""
+    """Consecutive positions: ``class_id`` int32[n], and ``draw`` int64[n], the number p of the draw in its class."""
 
     class_id: NDArray[np.int32]
     draw: I64
@@ -67,9 +63,7 @@ class Draws:
 class EpochFunction:
     """The endless sequence of draws of a manifest, or of a schedule of manifests, under one seed. Thread-safe."""
 
-    def __init__(
-        self, pool: I64, stages: I64 | Sequence[Stage], seed: int, *, _window_bits: int | None = None
-    ) -> None:
+    def __init__(self, pool: I64, stages: I64 | Sequence[Stage], seed: int, *, _window_bits: int | None = None) -> None:
         self._pool = _counts("pool", pool)
         self._seed = seed
         self._window_bits = _window_bits
@@ -77,8 +71,8 @@ class EpochFunction:
         key = seed_key(seed)
         self._when, self._which, self._turn = (derive(key, tag) for tag in (_WHEN, _WHICH, _TURN))
         self._images = _Images(self._pool, self._which, self._turn)
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._epochs: OrderedDict[int, Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Callable[..., EpochFunction], tuple[Any, ...]]:
@@ -107,7 +101,9 @@ class EpochFunction:
         part = self._parts[bisect_right([part.start for part in self._parts], position) - 1]
         epoch = part.first_epoch + (position - part.start) // part.num_draws
         if part.num_epochs is not None and epoch >= part.first_epoch + part.num_epochs:
-            raise UsageError(f"expected a position before the end of the schedule, {self.epoch_start(epoch)}; got {position}")
+            raise UsageError(
+                f"expected a position before the end of the schedule, {self.epoch_start(epoch)}; got {position}"
+            )
         return epoch
 
     def draws(self, begin: int, end: int) -> Draws:
@@ -124,8 +120,8 @@ class EpochFunction:
         return Draws(class_id=np.concatenate(class_ids), draw=np.concatenate(draws))
 
     def images(self, class_id: NDArray[np.integer[Any]], draw: I64) -> tuple[I64, I64]:
-        """``(ordinal, repeat)``, int64[n] each: which image of its class each draw shows, in [0, pool of the class), and
-        how often that same image was drawn before, over all epochs.
+        """``(ordinal, repeat)``, int64[n] each: which image of its class each draw shows, in [0, pool of the class),
+        and how often that same image was drawn before, over all epochs.
         """
         ordinal, repeat = np.empty(len(draw), np.int64), np.empty(len(draw), np.int64)
         for i in range(0, len(draw), _IMAGES_AT_ONCE):
@@ -135,6 +131,7 @@ class EpochFunction:
 
     def count_before(self, position: int) -> I64:
         """How often each class was drawn before this position: int64[K]."""
+        _check_span(position, position)
         counts = np.zeros(self.num_classes, np.int64)
         if position == 0:
             return counts
@@ -164,26 +161,24 @@ class EpochFunction:
             drawn += part.targets * max(0, min(epoch - part.first_epoch, part.num_epochs or epoch))
         return drawn
 
-    def _epoch(self, number: int) -> _Epoch:
+    def _epoch(self, number: int) -> Epoch:
         with self._lock:
             return _cached(self._epochs, number, lambda: self._make_epoch(number))
 
-    def _make_epoch(self, number: int) -> _Epoch:
+    def _make_epoch(self, number: int) -> Epoch:
         part = self._part_of_epoch(number)
         clock = next((e.clock for e in self._epochs.values() if e.clock.targets is part.targets), None)
         if clock is None:
-            clock = _Clock.make(part.targets, self._when, self._bits(part.num_draws))
+            clock = Clock.make(part.targets, self._when, self._bits(part.num_draws))
         first = self._drawn_before_epoch(number)[clock.classes].view(np.uint64)
-        return _Epoch(
-            number=number, start=self.epoch_start(number), num_draws=part.num_draws, clock=clock, first=first
-        )
+        return Epoch(number=number, start=self.epoch_start(number), num_draws=part.num_draws, clock=clock, first=first)
 
     def _bits(self, num_draws: int) -> int:
         if self._window_bits is not None:
             return self._window_bits
         return ((num_draws - 1) // max(WINDOW_DRAWS, self.num_classes)).bit_length()
 
-    def _window_at(self, position: int) -> _Window:
+    def _window_at(self, position: int) -> Window:
         """The window that holds this position: kept, or found by stepping from where it should be."""
         with self._lock:
             epoch = self._epoch(self.epoch_of(position))
@@ -194,10 +189,12 @@ class EpochFunction:
             index, lower, upper = self._bracket(epoch, position - epoch.start)
             return _cached(self._windows, (epoch.number, index), lambda: epoch.window(lower, upper))
 
-    def _bracket(self, epoch: _Epoch, place: int) -> tuple[int, U64, U64]:
+    def _bracket(self, epoch: Epoch, place: int) -> tuple[int, U64, U64]:
         """The number of the window around ``place`` of the epoch, and the draws of each class before its borders."""
         index = (place << epoch.clock.bits) // epoch.num_draws
-        follows = next((i for (e, i), w in self._windows.items() if e == epoch.number and w.stop - epoch.start == place), None)
+        follows = next(
+            (i for (e, i), w in self._windows.items() if e == epoch.number and w.stop - epoch.start == place), None
+        )
         if follows is not None:  # reading on: the border behind us was counted already
             index = follows + 1
             lower = self._windows[epoch.number, follows].upper
@@ -222,89 +219,6 @@ class _Part:
     num_draws: int
     first_epoch: int
     start: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Window:
-    """The ordered draws at positions [start, stop) of an epoch, and draws of each class before and after them."""
-
-    start: int
-    stop: int
-    lower: U64
-    upper: U64
-    class_id: NDArray[np.int32]
-    draw: I64
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Clock:
-    """When the classes with targets are drawn, in every epoch of a stage: arrays over those A <= K classes."""
-
-    targets: I64  # of all K classes
-    bits: int  # the clock is cut into 2^bits windows
-    classes: NDArray[np.int32]
-    keys: U64
-    num: U64  # T_c
-    step: U64  # divmod(2^62, T_c)
-    rest: U64
-
-    @classmethod
-    def make(cls, targets: I64, when: int, bits: int) -> _Clock:
-        classes = np.flatnonzero(targets)
-        num = targets[classes].view(np.uint64)
-        step = np.uint64(1 << CLOCK_BITS) // num
-        return cls(
-            targets=targets,
-            bits=bits,
-            classes=classes.astype(np.int32),
-            keys=keyed_hash(when, classes),
-            num=num,
-            step=step,
-            rest=np.uint64(1 << CLOCK_BITS) - step * num,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Epoch:
-    """One epoch: a clock, and how many draws of each of its classes came earlier."""
-
-    number: int
-    start: int
-    num_draws: int
-    clock: _Clock
-    first: U64  # P of each class of the clock
-
-    def ticks(self, row: NDArray[np.intp] | slice, j: U64) -> U64:
-        """The tick of draw ``j`` of this epoch, for the class at ``row`` of the clock."""
-        clock = self.clock
-        begin, length = slots(j, clock.num[row], clock.step[row], clock.rest[row])
-        place = jitter(clock.keys[row], self.first[row] + j)
-        return begin + place * (length >> _HALF) + (place * (length & _LOW) >> _HALF)
-
-    def drawn_before(self, index: int) -> U64:
-        """Draws of each class before window ``index``. A slot that spans the border holds one draw, on either side."""
-        clock = self.clock
-        if index == 1 << clock.bits:
-            return clock.num
-        j = np.uint64(index) * clock.num >> np.uint64(clock.bits)
-        return j + (self.ticks(slice(None), j) < np.uint64(index << (CLOCK_BITS - clock.bits)))
-
-    def window(self, lower: U64, upper: U64) -> _Window:
-        """Order draws [lower, upper) of each class by (tick, class, p)."""
-        size = (upper - lower).view(np.int64)
-        row = np.repeat(np.arange(len(size)), size)
-        j = np.arange(len(row), dtype=np.uint64) + np.repeat(lower - (np.cumsum(size) - size).view(np.uint64), size)
-        order = _argsort(self.ticks(row, j))
-        j += self.first[row]
-        start = self.start + int(lower.sum())
-        return _Window(
-            start=start,
-            stop=start + len(row),
-            lower=lower,
-            upper=upper,
-            class_id=self.clock.classes[row[order]],
-            draw=j[order].view(np.int64),
-        )
 
 
 class _Images:
@@ -341,51 +255,6 @@ class _Images:
         return image.view(np.int64), cycle.view(np.int64)
 
 
-def slots(j: U64, num: U64, step: U64, rest: U64) -> tuple[U64, U64]:
-    """First tick and length of slot j of ``num``: from B_j = floor(j * 2^62 / num) to B_{j+1}, without overflow."""
-    carried = j * rest
-    whole = carried // num
-    longer = carried - whole * num + rest >= num
-    return j * step + whole, step + longer
-
-
-def jitter(keys: U64, p: U64) -> U64:
-    """U in [0, 2^32): where in its slot draw p lies. Uniform, yet neighbours p and p + 1 stay a quarter of a slot apart.
-
-    Even draws lie where their hash says. An odd draw lies ``w`` after the one before it: a uniform choice among the
-    places A that are a quarter of a slot (Q) from both neighbours, which are d apart.
-    """
-    hashed = keyed_hash(keys, p) >> _HALF
-    odd = np.flatnonzero(p & _ONE)
-    keys, p = keys[odd], p[odd]
-    before = keyed_hash(keys, p - _ONE) >> _HALF
-    d = (keyed_hash(keys, p + _ONE) >> _HALF) - before & _LOW
-    hashed[odd] = (before + _choose(hashed[odd], d)) & _LOW
-    return hashed
-
-
-def _choose(h: U64, d: U64) -> U64:
-    """Element number floor(h * |A| / N) of A = [Q, N) without the Q places up to and including d, modulo N."""
-    wraps = d < _Q - _ONE  # then they are [0, d] and the last Q - 1 - d places of [Q, N)
-    hole_end = np.maximum(d + _ONE, _Q)
-    hole_begin = np.where(wraps, _Q, np.maximum(d + _ONE, _Q + _Q) - _Q)
-    top = np.where(wraps, _N - _Q + d + _ONE, _N)
-    below = hole_begin - _Q
-    element = h * (below + (top - hole_end)) >> _HALF
-    return np.where(element < below, _Q + element, hole_end + (element - below))
-
-
-def _argsort(ticks: U64) -> NDArray[np.intp]:
-    """A stable argsort by way of the faster unstable one: only runs of equal ticks need their order repaired."""
-    order = np.argsort(ticks)
-    ordered = ticks[order]
-    equal = ordered[1:] == ordered[:-1]
-    if equal.any():
-        tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
-        order[tied] = order[tied][np.lexsort((order[tied], ordered[tied]))]
-    return order
-
-
 def _cached(cache: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
     if key not in cache:
         cache[key] = make()
@@ -409,9 +278,7 @@ def _lay_out(stages: Sequence[Stage], pool: I64) -> tuple[_Part, ...]:
         targets = _check_targets(f"stage {i}", _counts(f"targets of stage {i}", stage.targets), pool)
         num_epochs = _check_num_epochs(i, stage.num_epochs, last=i == len(stages) - 1)
         num_draws = int(targets.sum())
-        parts.append(
-            _Part(targets=targets, num_epochs=num_epochs, num_draws=num_draws, first_epoch=epoch, start=start)
-        )
+        parts.append(_Part(targets=targets, num_epochs=num_epochs, num_draws=num_draws, first_epoch=epoch, start=start))
         epoch, start = epoch + (num_epochs or 0), start + (num_epochs or 0) * num_draws
     return tuple(parts)
 
