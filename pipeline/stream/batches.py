@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import EvenshardError, IntegrityError, UsageError
+from pipeline.errors import IntegrityError, UsageError
 from pipeline.images import ImageRejected, decode_rgb
 from pipeline.schema import tar_path
 from pipeline.snapshot import Snapshot
@@ -45,11 +45,11 @@ class BatchReader:
 
     def __init__(self, snapshot: Snapshot, split: str, transform: Transform | None) -> None:
         self._snapshot = snapshot
+        self._split = split
         self._samples = snapshot.samples(split)
         self._shards = ShardReader(snapshot.store)
         self._tars = [tar_path(sha256) for sha256 in snapshot.shards["tar_sha256"].to_pylist()]
         self._transform = None if transform is None else adapt(transform)
-        self._keys: dict[int, list[str]] = {}  # of shards that were asked about: 8 times smaller than their indexes
 
     def images(self, rows: Rows) -> torch.Tensor | list[bytes]:
         """The batch, in the order of ``rows``."""
@@ -57,14 +57,8 @@ class BatchReader:
         return data if self._transform is None else self._stack(rows, data)
 
     def keys(self, row: NDArray[np.int64]) -> list[str]:
-        """The key of each sample: 16 hex digits, from the index of its shard."""
-        places = zip(self._samples.take("shard", row).tolist(), self._samples.take("row", row).tolist(), strict=True)
-        return [self._keys_of(shard)[place] for shard, place in places]
-
-    def _keys_of(self, shard: int) -> list[str]:
-        if shard not in self._keys:
-            self._keys[shard] = self._snapshot.index(shard)["key"].to_pylist()
-        return self._keys[shard]
+        """The key of each sample: 16 hex digits, its name in the shard."""
+        return [f"{key:016x}" for key in self._snapshot.keys(self._split, row).tolist()]
 
     def _read(self, row: NDArray[np.int64]) -> list[bytes]:
         shard, offset, size, checksum = (
@@ -120,11 +114,9 @@ class BatchReader:
         )
 
     def _name(self, row: np.int64) -> str:
-        """The key, for a message; where its index is damaged too, at least the row."""
-        try:
-            return self.keys(np.array([row]))[0]
-        except EvenshardError:
-            return f"of sample row {row}"
+        """Key and source path, for messages."""
+        shard, place = (int(self._samples.take(name, [row])[0]) for name in ("shard", "row"))
+        return self._snapshot.describe(shard, place)
 
 
 def _empty_like(image: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Draw:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """``count`` numbers in [0, 1), fixed by the key; 53 bits each."""
-        bits = keyed_hash(np.uint64(self.key), np.arange(count, dtype=np.uint64))
+        bits = keyed_hash(self.key, np.arange(count, dtype=np.uint64))
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
