@@ -47,7 +47,7 @@ def target(counts: list[int], text: str) -> list[int]:
     return apply(counts, parse(text)).target.tolist()
 
 
-# -- the table of DESIGN.md, section 7 ----------------------------------------------------------------------------
+# -- the table of DESIGN.md, section 7
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_explicit_needs_names() -> None:
         apply([1, 1], parse({"policy": "explicit", "targets": {"cat": 1}}))
 
 
-# -- the four defaults --------------------------------------------------------------------------------------------
+# -- the four defaults
 
 
 def test_defaults_are_these_four() -> None:
@@ -141,7 +141,7 @@ def test_default_undersampling_rotates_through_all_images() -> None:
     assert (int(targets.target[0]), int(targets.pool[0])) == (110, 1000)
 
 
-# -- laws ---------------------------------------------------------------------------------------------------------
+# -- laws
 
 
 @given(counts=counts_lists, text=shapes, size=st.integers(30, 5000))
@@ -259,7 +259,7 @@ def test_fill_finds_the_one_scale(rows: list[tuple[int, int, int, int]], share: 
         assert values == [min(max(scale * w, lo), hi) for w, lo, hi in zip(weight, low, high, strict=True)]
 
 
-# -- edges --------------------------------------------------------------------------------------------------------
+# -- edges
 
 
 @pytest.mark.parametrize("text", SHAPES)
@@ -319,7 +319,7 @@ def test_targets_cannot_be_changed() -> None:
         apply([3], parse("natural")).target[0] = 1
 
 
-# -- the same everywhere ------------------------------------------------------------------------------------------
+# -- the same everywhere
 
 
 GOLDEN_POWER = [26154, 17593, 12411, 9134, 7162, 5817, 4578, 3838, 3293, 2916, 2368, 2368, 2368, 0]
@@ -342,7 +342,7 @@ def test_perfect_powers_are_exact() -> None:
     assert target(counts, f"power:alpha=0.5,epoch_size={sum(range(1, 40))}") == list(range(1, 40))
 
 
-# -- progressive --------------------------------------------------------------------------------------------------
+# -- progressive
 
 
 def stages() -> list[Targets]:
@@ -374,7 +374,7 @@ def test_progressive_without_stages_is_refused() -> None:
         progressive(LONG_TAIL, 0)
 
 
-# -- spelling -----------------------------------------------------------------------------------------------------
+# -- spelling
 
 
 @pytest.mark.parametrize(
