@@ -182,7 +182,7 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path, create: bool) -> None:
 def test_a_directory_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     with pytest.raises(UsageError, match=r"ROOT is not empty and holds no snapshot: .* has 'cats'"):
-        Store.open(tmp_path, create=True)
+        Store.open(tmp_path, create=True).refuse_foreign()
     assert os.listdir(tmp_path) == ["cats"]
 
 
@@ -190,26 +190,27 @@ def test_a_source_whose_classes_are_named_like_our_rooms_is_refused(tmp_path: Pa
     (tmp_path / "index").mkdir()
     (tmp_path / "tables").mkdir()
     with pytest.raises(UsageError, match="holds no snapshot"):
-        Store.open(tmp_path, create=True)
+        Store.open(tmp_path, create=True).refuse_foreign()
 
 
 def test_a_begun_root_and_a_fresh_mount_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "lost+found").mkdir()
     store = Store.open(tmp_path, create=True)
+    store.refuse_foreign()
     store.create("shards/ab/c.tar", b"")
-    Store.open(tmp_path, create=True)
+    store.refuse_foreign()
 
 
 def test_a_root_with_a_snapshot_may_hold_more(store: Store) -> None:
     store.create("snapshots/00000001.json", b"{}")
     store._backend.replace("README.txt", b"ours")
-    Store.open(store._given, create=True)
+    store.refuse_foreign()
 
 
 def test_a_remote_root_of_something_else_is_refused() -> None:
     fsspec.filesystem("memory").pipe_file("/bucket/photos/a.jpg", b"x")
-    with pytest.raises(UsageError, match="holds no snapshot: memory://bucket/photos has 'a.jpg'"):
-        Store.open("memory://bucket/photos", create=True)
+    with pytest.raises(UsageError, match=r"holds no snapshot: memory://bucket/photos has 'a\.jpg'"):
+        Store.open("memory://bucket/photos", create=True).refuse_foreign()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,19 @@ def test_a_remote_root_of_something_else_is_refused() -> None:
 def test_a_url_that_cannot_be_a_root(url: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Store.open(url)
+
+
+def test_a_relative_root_means_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store.open("root", create=True)
+    store.create("runs/a", b"x")
+    monkeypatch.chdir("/")
+    assert pickle.loads(pickle.dumps(store)).read("runs/a") == b"x"
+
+
+def test_opening_a_new_root_leaves_it_empty(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "new" / "root", create=True)
+    assert os.listdir(store.url) == []
 
 
 def test_file_urls_are_local(tmp_path: Path) -> None:
@@ -397,7 +411,7 @@ def test_read_checked_refuses_other_bytes(store: Store, damaged: bytes) -> None:
 
 def classes_table(names: list[str]) -> pa.Table:
     numbers = list(range(len(names)))
-    columns = {name: numbers for name in CLASSES.names} | {"name": names, "evaluable": [n % 3 == 0 for n in numbers]}
+    columns = dict.fromkeys(CLASSES.names, numbers) | {"name": names, "evaluable": [n % 3 == 0 for n in numbers]}
     return pa.table(columns).select(CLASSES.names).cast(CLASSES)
 
 

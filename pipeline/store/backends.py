@@ -79,8 +79,10 @@ class LocalBackend:
             return None
 
     def make_root(self) -> None:
-        self._make_directory(self._staging())
         os.unlink(self._write_temporary(b""))
+        with suppress(OSError):  # it holds work of another process: then it stays
+            os.rmdir(self._staging())
+            self._durable.discard(self._staging())
 
     def create(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(data)

@@ -30,27 +30,28 @@ class Store:
 
     def __init__(self, url: str) -> None:
         local = _local_root(url)
-        self._given = url
+        self.root = url if local is None else local
+        """What opens it again, maybe with credentials: never for messages."""
         self._backend: Backend = RemoteBackend(url) if local is None else LocalBackend(local)
         self.is_local = local is not None
         self.url = redact(url) if local is None else local
         """For messages: without credentials."""
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self._given,)
+        return Store, (self.root,)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], *, create: bool = False) -> Store:
-        """An existing ROOT; with ``create`` also a new one, proved writable."""
+        """An existing ROOT; with ``create`` also a new one, proved writable. Whether it is ours, is not asked here."""
         store = cls(os.fspath(url))
+        names = store._top_names() if store.is_local or create else None
         if create:
-            store.refuse_foreign()
             with store.explained("write to", "staging"):
                 store._backend.make_root()
-        elif store.is_local and store._top_names() is None:
+        elif store.is_local and names is None:
             raise NotFoundError(f"there is no directory {store.url}; run `evenshard build SOURCE {store.url}`")
         return store
 
