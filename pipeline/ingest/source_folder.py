@@ -1,0 +1,142 @@
+"""A folder as a source: the class of a file is a folder's name.
+
+Comes in: a place, and which folder names the class and the split. Goes out: rows. Guarantees: every file below the
+place is a candidate or a reject with a reason; links to folders are never followed; a label that could mean two
+classes, and a split that nobody chose, stop the build with advice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pipeline.errors import SourceError
+from pipeline.ingest.source_files import Found, Place, list_folder_entries
+from pipeline.ingest.source_rows import SPLIT_NAMES, Rows, printable
+from pipeline.schema import SPLIT_UNSET, SPLITS, Reason
+
+NUM_EXAMPLES = 5
+
+LabelFrom = Literal["parent", "top", "path"]
+SplitFrom = Literal["none", "top"] | None
+
+
+class _Meaning(NamedTuple):
+    """What files directly in a folder are. ``class_folder`` is relative to the split's folder."""
+
+    label: str | None
+    split: int
+    class_folder: str
+    why_not: str
+
+
+class FolderListing:
+    """One walk over a folder; `run` fills ``rows`` and returns notices."""
+
+    def __init__(self, place: Place, rows: Rows, *, label_from: LabelFrom, split_from: SplitFrom) -> None:
+        self._place, self._rows = place, rows
+        self._label_from: LabelFrom = label_from
+        self._split_from: SplitFrom = split_from
+        self._num_files: dict[tuple[int, str], dict[str, int]] = {}  # (split, label) -> class folder -> files
+        self._empty: list[tuple[str, _Meaning]] = []
+
+    def run(self) -> tuple[str, ...]:
+        tops = self._list("")
+        self._check_tops(tops)
+        pending = list(tops)
+        while pending:
+            pending.extend(self._list(pending.pop()))
+        self._reject_empty()
+        self._check_parents()
+        return self._notices()
+
+    def _list(self, folder: str) -> list[str]:
+        """Take in the files directly in ``folder``; the folders in it."""
+        meaning = self._meaning(folder)
+        folders: list[str] = []
+        num_entries = num_taken = 0
+        for found in list_folder_entries(self._place, folder):
+            num_entries += 1
+            path = f"{folder}/{found.name}" if folder else found.name
+            if found.is_folder:
+                folders.append(path)
+            else:
+                num_taken += self._take(path, found, meaning)
+        if num_taken and meaning.label is not None:
+            folders_of_label = self._num_files.setdefault((meaning.split, meaning.label), {})
+            folders_of_label[meaning.class_folder] = folders_of_label.get(meaning.class_folder, 0) + num_taken
+        if folder and not num_entries:
+            self._empty.append((folder, meaning))
+        return folders
+
+    def _take(self, path: str, found: Found, meaning: _Meaning) -> bool:
+        if meaning.label is None:
+            reason = found.problem or Reason.NO_LABEL
+            self._rows.reject(path, reason, split=meaning.split, detail=found.detail or meaning.why_not)
+            return False
+        return self._rows.add(path, found, meaning.label, meaning.split) is None
+
+    def _meaning(self, folder: str) -> _Meaning:
+        parts = folder.split("/") if folder else []
+        split, where = SPLIT_UNSET, "directly in the source"
+        if self._split_from == "top" and parts:
+            split, where = SPLIT_NAMES.get(parts[0].lower(), SPLIT_UNSET), f"directly in {printable(parts[0])}/"
+            parts = parts[1:]
+        if not parts:
+            return _Meaning(None, split, "", f"lies {where}, not in a class folder")
+        path = "/".join(parts)
+        if self._label_from == "top":
+            return _Meaning(parts[0], split, parts[0], "")
+        return _Meaning(parts[-1] if self._label_from == "parent" else path, split, path, "")
+
+    def _check_tops(self, tops: list[str]) -> None:
+        known = {top: SPLITS[SPLIT_NAMES[top.lower()]] for top in tops if top.lower() in SPLIT_NAMES}
+        if self._split_from is None and "train" in known.values() and len(set(known.values())) > 1:
+            raise SourceError(self._split_advice(sorted(known), known))
+        unknown = sorted(set(tops) - set(known))
+        if self._split_from == "top" and unknown:
+            raise SourceError(
+                f"{self._place.shown}: with --split-from top every folder at the top is a split "
+                f"({', '.join(SPLIT_NAMES)}), but it also holds {_listed(unknown)}; move these out or rename them"
+            )
+
+    def _split_advice(self, names: list[str], known: Mapping[str, str]) -> str:
+        one = next(name for name in names if known[name] == "train")
+        return (
+            f"{self._place.shown} holds the folders {_listed(names)}, which look like splits. Choose one: "
+            f"`--split-from top` keeps these splits; SOURCE {self._place.shown.rstrip('/')}/{one} builds one of them; "
+            f"`--split-from none` takes them for ordinary folders"
+        )
+
+    def _reject_empty(self) -> None:
+        for folder, meaning in self._empty:
+            folders = self._num_files.get((meaning.split, meaning.label or ""), {})
+            if meaning.class_folder not in folders:
+                self._rows.reject(
+                    folder, Reason.CLASS_EMPTY, label=meaning.label or "", split=meaning.split, detail="an empty folder"
+                )
+
+    def _check_parents(self) -> None:
+        doubled = {label: folders for (_, label), folders in self._num_files.items() if len(folders) > 1}
+        if doubled:
+            lines = [f"{label!r}: {_listed(sorted(doubled[label]))}" for label in sorted(doubled)[:NUM_EXAMPLES]]
+            more = f"; and {len(doubled) - len(lines)} more" if len(doubled) > len(lines) else ""
+            raise SourceError(
+                f"{self._place.shown}: {len(doubled)} class name(s) belong to folders under different parents: "
+                f"{'; '.join(lines)}{more}. Take whole paths as classes with `--label-from path`, or rename the folders"
+            )
+
+    def _notices(self) -> tuple[str, ...]:
+        folders_of: dict[str, set[str]] = {}
+        for (_, label), folders in self._num_files.items():
+            folders_of.setdefault(label, set()).update(folders)
+        moved = sorted(label for label, folders in folders_of.items() if len(folders) > 1)
+        if not moved:
+            return ()
+        examples = "; ".join(f"{label!r}: {_listed(sorted(folders_of[label]))}" for label in moved[:NUM_EXAMPLES])
+        return (f"{len(moved)} class(es) lie under different parents in different splits, taken as one: {examples}",)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(printable(name)) for name in names[:NUM_EXAMPLES])
+    return f"{shown} and {len(names) - NUM_EXAMPLES} more" if len(names) > NUM_EXAMPLES else shown
