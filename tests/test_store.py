@@ -329,8 +329,17 @@ def test_every_new_name_is_synced_before_success(local: Store, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
     local.create("shards/ab/c.tar", b"x")
     root = local.url
-    assert os.path.dirname(synced[0]) == f"{root}/staging"
-    assert synced[1:] == [root, f"{root}/shards", f"{root}/shards/ab"]
+    before, data, *after = synced
+    assert (before, os.path.dirname(data)) == (root, f"{root}/staging")
+    assert after == [root, f"{root}/shards", f"{root}/shards/ab"]
+
+
+def test_staging_may_vanish_when_it_is_empty(local: Store) -> None:
+    local.create("tables/a", b"x")
+    os.rmdir(f"{local.url}/staging")
+    local.create("tables/b", b"x")
+    os.rmdir(f"{local.url}/staging")
+    assert os.path.isdir(local.staging_dir())
 
 
 def test_links_and_pipes_are_not_read(local: Store, tmp_path: Path) -> None:

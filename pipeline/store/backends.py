@@ -8,8 +8,9 @@ import shutil
 import stat
 import tempfile
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import MissingExtraError, StoreError, UsageError
 from pipeline.store.messages import redact
@@ -17,6 +18,8 @@ from pipeline.store.messages import redact
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not block the reader
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+_Made = TypeVar("_Made")
 
 
 class Backend(Protocol):
@@ -79,10 +82,11 @@ class LocalBackend:
             return None
 
     def make_root(self) -> None:
+        begun = os.path.isdir(self._staging())
         os.unlink(self._write_temporary(b""))
-        with suppress(OSError):  # it holds work of another process: then it stays
-            os.rmdir(self._staging())
-            self._durable.discard(self._staging())
+        if not begun:
+            with suppress(OSError):  # another process works there by now
+                os.rmdir(self._staging())
 
     def create(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(data)
@@ -121,8 +125,7 @@ class LocalBackend:
         os.unlink(self._at(path))
 
     def staging_dir(self) -> str:
-        directory = self._temporary_name()
-        os.mkdir(directory)
+        directory, _ = self._in_staging(os.mkdir)
         return directory
 
     def creates_atomically(self) -> bool:
@@ -134,14 +137,20 @@ class LocalBackend:
     def _staging(self) -> str:
         return f"{self.root}/staging"
 
-    def _temporary_name(self) -> str:
+    def _in_staging(self, make: Callable[[str], _Made]) -> tuple[str, _Made]:
+        name = f"{self._staging()}/{os.getpid()}-{uuid.uuid4().hex}"
         self._make_directory(self._staging())
-        return f"{self._staging()}/{os.getpid()}-{uuid.uuid4().hex}"
+        try:
+            return name, make(name)
+        except FileNotFoundError:  # another process removed the empty directory
+            self._durable.discard(self._staging())
+            self._make_directory(self._staging())
+            return name, make(name)
 
     def _write_temporary(self, data: bytes) -> str:
-        name = self._temporary_name()
+        name, descriptor = self._in_staging(lambda name: os.open(name, _WRITE_FLAGS, 0o666))
         try:
-            with open(os.open(name, _WRITE_FLAGS, 0o666), "wb", buffering=0) as file:
+            with open(descriptor, "wb", buffering=0) as file:
                 _write_fully(file.fileno(), data)
                 os.fsync(file.fileno())
         except BaseException:
@@ -150,7 +159,12 @@ class LocalBackend:
         return name
 
     def _copy_to_staging(self, local_file: str) -> str:
-        return shutil.copyfile(local_file, self._temporary_name())
+        name = self._write_temporary(b"")
+        try:
+            return shutil.copyfile(local_file, name)
+        except BaseException:
+            remove_if_there(name)
+            raise
 
     def _link(self, temporary: str, path: str) -> None:
         final = self._at(path)
