@@ -25,15 +25,6 @@ def _policy_pair(context: click.Context, parameter: click.Parameter, values: tup
     return pairs
 
 
-def _int_or_fraction(context: click.Context, parameter: click.Parameter, value: str | None) -> int | float | None:
-    if value is None:
-        return None
-    try:
-        return int(value) if value.isdecimal() else float(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a count (20) nor a fraction (0.01)") from None
-
-
 def build_options(command: _Command) -> _Command:
     """Every option of a build; shared by `evenshard build` and the jobs. Unset options leave the build file's value."""
     options = (
@@ -49,10 +40,10 @@ def build_options(command: _Command) -> _Command:
         click.option("--group-column", metavar="NAME", help="Table source: rows of one group stay in one split."),
         click.option("--check", type=click.Choice(["decode", "header"]), help="How each image is checked."),
         click.option("--shard-samples", type=int, metavar="N", help="Divide shards beyond this many images."),
-        click.option("--shard-bytes", type=int, metavar="N", help="Divide shards beyond this many image bytes."),
-        click.option("--max-rejects", callback=_int_or_fraction, metavar="N", help="Refuse to publish beyond it."),
+        click.option("--shard-bytes", metavar="N", help="Divide shards beyond it: 128MiB."),
+        click.option("--max-rejects", metavar="N", help="Refuse to publish beyond: 20, 0.01 or 1%."),
         click.option("--max-pixels", type=int, metavar="N", help="Reject larger images."),
-        click.option("--max-image-bytes", type=int, metavar="N", help="Reject larger files."),
+        click.option("--max-image-bytes", metavar="N", help="Reject larger files: 64MiB."),
         click.option("--seed", type=int, metavar="N", help="Decides splits and shards; fixed for the life of a ROOT."),
         click.option(
             "--manifest", "manifests", multiple=True, callback=_policy_pair, metavar="NAME=POLICY",

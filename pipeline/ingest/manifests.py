@@ -8,7 +8,6 @@ snapshot and touches no image.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,13 +16,11 @@ import pyarrow as pa
 from pipeline.errors import PolicyError, UsageError
 from pipeline.ingest.commit import commit
 from pipeline.plan import policy as policies
-from pipeline.plan.manifest import ManifestDocument, encode
+from pipeline.plan.manifest import ManifestDocument, check_name, encode
 from pipeline.plan.policy import Policy
 from pipeline.schema import TARGETS, FileRef, SnapshotRecord, manifest_path
 from pipeline.snapshot import Snapshot, open_snapshot, record_id
 from pipeline.store import Store, make_ref, put_table
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,7 @@ def put_manifests(store: Store, base: Base, wanted: Mapping[str, Policy]) -> dic
 
 
 def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: str = "train") -> FileRef:
-    if not _NAME.fullmatch(name):
-        raise PolicyError(f"a manifest name is lower-case letters, digits, '.', '_' or '-', at most 64, not {name!r}")
+    check_name(name)
     if split not in base.samples:
         raise PolicyError(f"the snapshot has no {split} images; it has {', '.join(sorted(base.samples)) or 'none'}")
     counts = base.class_table[split].to_numpy().astype(np.int64)

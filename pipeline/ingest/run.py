@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from pipeline.config import BuildConfig, make_config
 from pipeline.errors import CommitError, SourceError, UsageError
-from pipeline.images import Limits
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
 from pipeline.ingest.settle import Expelled, FinalShard, Samples, ShardLimits, final_shards, gather, repack_unit, settle
@@ -143,12 +142,11 @@ class _Work:
     def pack(self) -> list[UnitRecord]:
         """Write every provisional unit; returns their records in unit order."""
         config, references = self._config, self._listing.references
-        limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_image_bytes)
         settings = {"check": config.check, "max_pixels": config.max_pixels, "max_bytes": config.max_image_bytes}
         settings |= {"pillow": version("pillow"), "evenshard": version("evenshard")}
         plan = _provisional(references, config, self._listing)
         jobs = ((_unit(references, *part).with_digest(settings)) for part in plan)
-        arguments = (self._listing.reader, config.check, limits)
+        arguments = (self._listing.reader, config.check, config.limits)
         return self._run("read", pack_source, jobs, arguments, references.num_rows)
 
     def write_final(
@@ -304,8 +302,8 @@ def _guard(config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects
         if len(gone):
             shown = ", ".join(listing.class_names[i] for i in gone[:5])
             raise CommitError(
-                f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} have no "
-                f"image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs another "
+                f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} "
+                f"have no image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs another "
                 "ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
             )
     if config.max_rejects is not None:

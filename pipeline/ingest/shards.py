@@ -101,7 +101,7 @@ class Leaf:
 def leaves(
     hashes: NDArray[np.uint64], size_bytes: NDArray[np.int64], *, max_samples: int, max_bytes: int
 ) -> list[Leaf]:
-    """Leaves of the binary trie over sorted ``hashes``: a node is divided while it holds too many samples or image bytes.
+    """Leaves of the binary trie over sorted ``hashes``: a node with too many samples or image bytes is divided.
 
     A pure function of the set: history leaves no trace, and one sample more or less changes, splits or merges one leaf.
     """
