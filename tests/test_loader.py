@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import random
@@ -156,22 +155,21 @@ def test_epochs_hold_every_class_exactly_as_often_as_asked(snapshot: Snapshot, n
 # ---- E5: free of topology
 
 
-@pytest.mark.parametrize("seed", [0, 1, 77])
-@pytest.mark.parametrize("name", ["natural", "balanced"])
+@pytest.mark.parametrize(("name", "seed"), [("natural", 0), ("balanced", 1), ("balanced", 77)])
 def test_batches_are_the_same_on_any_topology(snapshot: Snapshot, name: str, seed: int) -> None:
     def make(workers: int) -> Callable[..., Loader]:
         return lambda **options: loader_of(snapshot, name, transform=noisy, seed=seed, workers=workers, **options)
 
-    expected, *others = (global_batches(make(workers), ranks, epochs=4) for ranks, workers in TOPOLOGIES)
+    expected, *others = (global_batches(make(workers), ranks, epochs=3) for ranks, workers in TOPOLOGIES)
     assert all(found == expected for found in others)
 
 
 def test_the_sequence_does_not_depend_on_the_batch_size(snapshot: Snapshot) -> None:
     def sequence(batch_size: int) -> list[Any]:
         loader = loader_of(snapshot, "balanced", batch_size, transform=noisy)
-        return [row for _ in range(3) for batch in loader for row in rows_of(batch)][:300]
+        return [row for _ in range(2) for batch in loader for row in rows_of(batch)][:230]
 
-    assert sequence(1) == sequence(17) == sequence(42)
+    assert sequence(3) == sequence(17) == sequence(42)
 
 
 def test_torchvision_transforms_are_the_same_with_any_number_of_threads(snapshot: Snapshot) -> None:
@@ -211,12 +209,12 @@ def test_restoring_any_state_goes_on_exactly(snapshot: Snapshot, seed: int) -> N
         return loader_of(snapshot, name, transform=noisy, seed=seed, workers=dice.randint(0, 2), **options)
 
     ranks, other_ranks = dice.choice([1, 2, 3, 7]), dice.choice([1, 2, 3, 7])
-    whole = global_batches(make, 1, epochs=4)
-    stop = dice.randrange(len(whole) - 3)
+    whole = global_batches(make, 1, epochs=3)
+    stop = dice.randrange(len(whole))
     state = json.loads(json.dumps(state_after(make(rank=0, world_size=ranks, batch_size=42 // ranks), stop)))
-    rest = global_batches(make, other_ranks, epochs=2, state=state)
+    rest = global_batches(make, other_ranks, epochs=1 if stop else 3, state=state)
+    assert rest
     assert rest == whole[stop : stop + len(rest)]
-    assert len(rest) > 1
 
 
 def state_after(loader: Loader, num_steps: int) -> dict[str, Any]:
@@ -454,7 +452,6 @@ def threads() -> list[threading.Thread]:
 
 
 def assert_threads_end() -> None:
-    gc.collect()
     for thread in threads():
         thread.join(timeout=20)
     assert threads() == []

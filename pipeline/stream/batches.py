@@ -45,7 +45,7 @@ class BatchReader:
 
     def __init__(self, snapshot: Snapshot, split: str, transform: Transform | None) -> None:
         self._snapshot = snapshot
-        self._split = split
+        self._keys: dict[int, NDArray[np.uint64]] = {}  # of shards asked about: 8 bytes a sample
         self._samples = snapshot.samples(split)
         self._shards = ShardReader(snapshot.store)
         self._tars = [tar_path(sha256) for sha256 in snapshot.shards["tar_sha256"].to_pylist()]
@@ -58,7 +58,18 @@ class BatchReader:
 
     def keys(self, row: NDArray[np.int64]) -> list[str]:
         """The key of each sample: 16 hex digits, its name in the shard."""
-        return [f"{key:016x}" for key in self._snapshot.keys(self._split, row).tolist()]
+        shards, places = self._samples.take("shard", row), self._samples.take("row", row)
+        found = np.empty(len(row), dtype=np.uint64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            found[mine] = self._keys_of(shard)[places[mine]]
+        return [f"{key:016x}" for key in found.tolist()]
+
+    def _keys_of(self, shard: int) -> NDArray[np.uint64]:
+        if shard not in self._keys:
+            names = self._snapshot.index(shard)["key"].to_pylist()
+            self._keys[shard] = np.array([int(name, 16) for name in names], dtype=np.uint64)
+        return self._keys[shard]
 
     def _read(self, row: NDArray[np.int64]) -> list[bytes]:
         shard, offset, size, checksum = (
