@@ -337,6 +337,15 @@ def test_irrational_targets_do_not_depend_on_the_decimal_context_of_the_caller()
         assert target(LONG_TAIL, "power:alpha=0.3") == expected
 
 
+@pytest.mark.parametrize("root", [3, 5, 7, 9, 11])
+def test_powers_are_exact_enough_to_see_ties(root: int) -> None:
+    """3 ** 10 to the power of 0.3 is 27; the nearest floats make it a little less, and the tie goes the wrong way."""
+    share = root**3 // 2
+    text = f"power:alpha=0.3,epoch_size={share + 1}"
+    assert target([root**10, 1], text) == [share + 1, 0]
+    assert target([1, root**10], text) == [1, share]
+
+
 def test_perfect_powers_are_exact() -> None:
     counts = [n * n for n in range(1, 40)]
     assert target(counts, f"power:alpha=0.5,epoch_size={sum(range(1, 40))}") == list(range(1, 40))

@@ -27,7 +27,6 @@ def fill(
     Every high, if those sum to less. Needs low <= high and the sum of lows <= total. Each round tries the s that the
     groups not yet settled would need; the side to which clipping then pushes the sum tells which clips are final.
     """
-    total = min(total, total_of(many, high))
     settled: dict[int, int] = {}
     while True:
         free = [g for g in range(len(weight)) if g not in settled]

@@ -73,10 +73,10 @@ def table() -> Parameter:
 
 
 def _decimal(value: object) -> Decimal:
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal | np.integer):
+    if not isinstance(value, int | float | str | Decimal | np.integer):
         raise ValueError(value)
     try:
-        number = Decimal(str(value).strip())
+        number = Decimal(str(value).strip())  # of True, too, it makes no number
     except InvalidOperation as error:
         raise ValueError(value) from error
     _, digits, exponent = number.as_tuple()
