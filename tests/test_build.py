@@ -19,7 +19,11 @@ from pipeline.errors import CommitError, SourceError, UsageError
 from pipeline.export import export_cost, export_tars, plan_export
 from pipeline.keyed import text_key
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    # webdataset leaves the tars it has read to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def test_too_many_rejects_are_refused(messy_images: Path, tmp_path: Path) -> Non
 
 def test_nothing_readable_publishes_nothing(tmp_path: Path) -> None:
     (tmp_path / "photos/a").mkdir(parents=True)
-    (tmp_path / "photos/a/1.jpg").write_bytes(b"")
+    (tmp_path / "photos/a/1.jpg").write_bytes(b"no image")
     with pytest.raises(SourceError, match="no readable image"):
         pipeline.build(tmp_path / "photos", tmp_path / "root")
     assert not list((tmp_path / "root").glob("snapshots/*"))

@@ -124,7 +124,7 @@ def export_tars(
         units = ((names[shard], (plan, shard, str(dest))) for shard in missing)
         with Engine(address=address, workers=workers) as engine:
             for count in engine.map(write_shard, units):
-                done += count or 0
+                done += count
                 notify("export", done, plan.num_draws)
     _describe(store, manifest, plan, names)
     last = plan.num_shards - 1
@@ -139,8 +139,8 @@ def export_tars(
     )
 
 
-def write_shard(plan: ExportPlan, shard: int, dest: str) -> int:
-    """Write one shard; returns its number of draws. Runs inside a Ray task."""
+def write_shard(plan: ExportPlan, shard: int, dest: str) -> Iterator[int]:
+    """Write one shard; yields its number of draws. Runs inside a Ray task."""
     manifest = open_snapshot(plan.root, at=plan.snapshot).manifest(plan.manifest)
     store = Store.open(dest)
     folder = store.staging_dir()
@@ -156,7 +156,7 @@ def write_shard(plan: ExportPlan, shard: int, dest: str) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     start, stop = plan.bounds(shard)
-    return stop - start
+    yield stop - start
 
 
 def _walk(

@@ -1,7 +1,8 @@
 """Units of work on Ray: bounded window, retries, and errors that name the unit. The only module that imports Ray.
 
-Comes in: a function and its arguments, one tuple per unit. Goes out: results, in the order they finish. Guarantees: at
-most a few units per CPU are in flight; a crashed worker is retried by Ray, a failing storage call by us; what still
+Comes in: a generator function and its arguments, one tuple per unit. It yields the number of images done since it
+last yielded, then its result. Goes out: those numbers as they come, and results in the order they finish. Guarantees:
+at most a few units per CPU are in flight; a crashed worker is retried by Ray, a failing storage call by us; what still
 fails ends the build by name. Results are small facts, never image bytes.
 """
 
@@ -35,16 +36,23 @@ MAX_ATTEMPTS = 4
 _TRANSIENT = (OSError, StoreError)
 
 
-def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+UnitFunction = Callable[..., Iterator[Any]]
+
+
+def _attempt(function: UnitFunction, arguments: tuple[Any, ...]) -> Iterator[Any]:
     """Run one unit inside a worker. Ray retries crashes, not exceptions, so storage trouble is retried here."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
+        done = 0
         try:
-            return function(*arguments)
+            for item in function(*arguments):
+                done += item if isinstance(item, int) else 0
+                yield item
+            return
         except _TRANSIENT:
             if attempt == MAX_ATTEMPTS:
                 raise
+            yield -done  # it starts over
             time.sleep(0.2 * 4 ** (attempt - 1))
-    raise AssertionError("unreachable")
 
 
 class Engine:
@@ -89,14 +97,14 @@ class Engine:
         present = max(1, int(ray.cluster_resources().get("CPU", 1)))
         return min(present, self._workers) if self._workers else present
 
-    def map(self, function: Callable[..., Any], units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
-        """Yield ``function(*arguments)`` for each ``(name, arguments)``, as they finish.
+    def map(self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
+        """Run ``function(*arguments)`` for each ``(name, arguments)`` and yield what it yields, as it comes.
 
-        ``None`` is yielded too, whenever a second has passed without a result, so that callers can show progress.
+        A zero is yielded whenever a second has passed without anything, so that callers can show that time passes.
         Errors: ``EngineError`` naming the unit; an ``EvenshardError`` of the function is raised as itself.
         """
-        task = ray.remote(num_cpus=1, max_retries=3)(_attempt)
-        pending: dict[Any, str] = {}
+        task = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS - 1, num_returns="streaming")(_attempt)
+        pending: dict[Any, str] = {}  # streams of running units
         waiting = iter(units)
         exhausted = False
         try:
@@ -111,14 +119,18 @@ class Engine:
                     pending[task.remote(function, arguments)] = name
                 if not pending:
                     break
-                ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
+                ready: list[Any] = ray.wait(list(pending), num_returns=1, timeout=1.0)[0]
                 if not ready:
-                    yield None
-                for reference in ready:
-                    yield self._result(reference, pending.pop(reference))
+                    yield 0
+                for stream in ready:
+                    reference = next(stream, None)
+                    if reference is None:
+                        del pending[stream]
+                    else:
+                        yield self._result(reference, pending[stream])
         finally:
-            for reference in pending:
-                ray.cancel(reference, force=False)
+            for stream in pending:
+                ray.cancel(stream, force=False)
 
     def _window(self) -> int:
         # With an explicit number of workers on a larger cluster, the window itself is the limit.

@@ -27,7 +27,16 @@ from pipeline.errors import CommitError, SourceError, UsageError
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
 from pipeline.ingest.settle import Expelled, FinalShard, Samples, ShardLimits, final_shards, gather, repack_unit, settle
-from pipeline.ingest.shards import Unit, UnitRecord, find_unit_record, leaves, pack_source, repack, shard_hash
+from pipeline.ingest.shards import (
+    Unit,
+    UnitFunction,
+    UnitRecord,
+    find_unit_record,
+    leaves,
+    pack_source,
+    repack,
+    shard_hash,
+)
 from pipeline.ingest.source import Listing, list_source
 from pipeline.ingest.splits import assign
 from pipeline.ingest.stats import Description, describe
@@ -164,11 +173,10 @@ class _Work:
         return [Written(shard.split, shard.prefix, shard.record or next(written)) for shard in shards]
 
     def _run(
-        self, stage: str, function: Callable[..., UnitRecord], jobs: Iterator[Unit], rest: tuple[Any, ...], total: int
+        self, stage: str, function: UnitFunction, jobs: Iterator[Unit], rest: tuple[Any, ...], total: int
     ) -> list[UnitRecord]:
         finished: dict[str, UnitRecord] = {}
         order: list[str] = []
-        sizes: dict[str, int] = {}
         done = 0
 
         def pending() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -179,8 +187,7 @@ class _Work:
                     finished[unit.digest] = record
                     done += unit.members.num_rows
                     continue
-                sizes[unit.digest] = unit.members.num_rows
-                yield unit.name, (function, self._config.root, unit, *rest)
+                yield unit.name, (self._config.root, unit, *rest)
 
         waiting = pending()
         first = next(waiting, None)
@@ -191,10 +198,11 @@ class _Work:
 
             with Engine(address=self._config.address, workers=self._config.workers) as engine:
                 units = _chain(first, waiting)
-                for record in engine.map(_call, units):
-                    if record is not None:
-                        finished[record.digest] = record
-                        done += sizes.pop(record.digest)
+                for item in engine.map(function, units):
+                    if isinstance(item, UnitRecord):
+                        finished[item.digest] = item
+                    else:
+                        done += item
                     self._notify(stage, done, total)
         return [finished[digest] for digest in order]
 
@@ -202,10 +210,6 @@ class _Work:
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield first
     yield from rest
-
-
-def _call(function: Callable[..., UnitRecord], *arguments: Any) -> UnitRecord:
-    return function(*arguments)
 
 
 def _provisional(
@@ -303,8 +307,8 @@ def _guard(config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects
             shown = ", ".join(listing.class_names[i] for i in gone[:5])
             raise CommitError(
                 f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} "
-                f"have no image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs another "
-                "ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
+                f"have no image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs "
+                "another ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
             )
     if config.max_rejects is not None:
         lost = sum(reason not in _NOT_LOST for reason in rejects["reason"].to_pylist())

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import AlreadyExistsError, EngineError
-from pipeline.images import Facts, ImageRejected, Limits, inspect
+from pipeline.images import Check, Facts, ImageRejected, Limits, inspect
 from pipeline.ingest.source import SourceReader
 from pipeline.keyed import derive, keyed_hash, seed_key
 from pipeline.schema import (
@@ -201,24 +202,47 @@ def _files_present(store: Store, record: UnitRecord) -> bool:
     return all(store.exists(path) and store.size(path) == size for path, size in files)
 
 
-def pack_source(root: str, unit: Unit, reader: SourceReader, check: Any, limits: Limits) -> UnitRecord:
-    """Read the members of ``unit`` from the source once: hash, check, write. Runs inside a Ray task."""
-    store = Store.open(root)
-    rejects: list[tuple[str, str, str, str]] = []
-    totals = [0, 0]
-    samples = _from_source(unit, reader, (check, limits), rejects, totals)
-    tar, index = _write(store, samples)
-    record = UnitRecord(
-        digest=unit.digest, tar=tar, index=index, rejects=tuple(rejects), num_images=totals[0], num_bytes=totals[1]
+UnitFunction = Callable[..., Iterator["int | UnitRecord"]]
+"""What a Ray task runs: yields how many images it has done since it last yielded, then the record."""
+
+_TELL_EVERY = 100
+
+
+def pack_source(
+    root: str, unit: Unit, reader: SourceReader, check: Check, limits: Limits
+) -> Iterator[int | UnitRecord]:
+    """Read the members of ``unit`` from the source once: hash, check, write."""
+    store, intake = Store.open(root), _Intake()
+    with _ShardWriter(store) as writer:
+        for number, sample in enumerate(intake.samples(unit, reader, check, limits), 1):
+            if sample is not None:
+                writer.add(sample)
+            if number % _TELL_EVERY == 0:
+                yield _TELL_EVERY
+        tar, index = writer.finish()
+    yield unit.members.num_rows % _TELL_EVERY
+    yield _record(
+        store,
+        UnitRecord(
+            digest=unit.digest,
+            tar=tar,
+            index=index,
+            rejects=tuple(intake.rejects),
+            num_images=intake.num_images,
+            num_bytes=intake.num_bytes,
+        ),
     )
-    return _record(store, record)
 
 
-def repack(root: str, unit: Unit) -> UnitRecord:
-    """Write a shard from members of older tars (``unit.origins``), checksums verified. Runs inside a Ray task."""
+def repack(root: str, unit: Unit) -> Iterator[int | UnitRecord]:
+    """Write a shard from members of older tars (``unit.origins``), checksums verified."""
     store = Store.open(root)
-    tar, index = _write(store, _from_tars(unit, store))
-    return _record(store, UnitRecord(digest=unit.digest, tar=tar, index=index))
+    with _ShardWriter(store) as writer:
+        for sample in _from_tars(unit, store):
+            writer.add(sample)
+        tar, index = writer.finish()
+    yield unit.members.num_rows
+    yield _record(store, UnitRecord(digest=unit.digest, tar=tar, index=index))
 
 
 def read_index(store: Store, record: UnitRecord) -> pa.Table:
@@ -241,30 +265,33 @@ class _Sample:
     checksum: int
 
 
-def _from_source(
-    unit: Unit,
-    reader: SourceReader,
-    checks: tuple[Any, Limits],
-    rejects: list[tuple[str, str, str, str]],
-    totals: list[int],
-) -> Iterator[_Sample]:
-    check, limits = checks
-    columns = [unit.members.column(name).to_pylist() for name in REFERENCES.names]
-    for path, key, class_id, _, group, size, _ in zip(*columns, strict=True):
-        digest = b""
-        try:
-            data = reader.read(path)
-            totals[0] += 1
-            totals[1] += len(data)
-            digest = hashlib.sha256(data).digest()
-            if len(data) != size:
-                raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
-            facts = inspect(data, check=check, limits=limits)
-        except ImageRejected as rejected:
-            rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
-            continue
-        row = _row(key, path, class_id, unit.split, facts, digest, group)
-        yield _Sample(row, facts.format, data, xxhash.xxh3_64_intdigest(data))
+@dataclass
+class _Intake:
+    """What a unit has met in the source so far."""
+
+    rejects: list[tuple[str, str, str, str]] = field(default_factory=list)
+    num_images: int = 0
+    num_bytes: int = 0
+
+    def samples(self, unit: Unit, reader: SourceReader, check: Check, limits: Limits) -> Iterator[_Sample | None]:
+        """One item per member, in order: a sample, or None where a reject was noted."""
+        columns = [unit.members.column(name).to_pylist() for name in REFERENCES.names]
+        for path, key, class_id, _, group, size, _ in zip(*columns, strict=True):
+            digest = b""
+            try:
+                data = reader.read(path)
+                self.num_images += 1
+                self.num_bytes += len(data)
+                digest = hashlib.sha256(data).digest()
+                if len(data) != size:
+                    raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
+                facts = inspect(data, check=check, limits=limits)
+            except ImageRejected as rejected:
+                self.rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
+                yield None
+                continue
+            row = _row(key, path, class_id, unit.split, facts, digest, group)
+            yield _Sample(row, facts.format, data, xxhash.xxh3_64_intdigest(data))
 
 
 def _row(key: int, path: str, class_id: int, split: str, facts: Facts, digest: bytes, group: int) -> tuple[Any, ...]:
@@ -280,34 +307,43 @@ def _from_tars(unit: Unit, store: Store) -> Iterator[_Sample]:
         yield _Sample(tuple(entry[name] for name in _ROW), entry["format"], data, entry["checksum"])
 
 
-def _write(store: Store, samples: Iterable[_Sample]) -> tuple[FileRef | None, FileRef | None]:
-    """Write tar and index; members must come sorted by key."""
-    rows: list[tuple[Any, ...]] = []
-    folder = store.staging_dir()
-    try:
-        path = os.path.join(folder, "unit.tar")
-        with open(path, "xb", buffering=1 << 20) as stream:
-            tar = TarWriter(stream)
-            for sample in samples:
-                rows.append((*sample.row, _add(tar, sample), len(sample.data), sample.checksum))
-            digest = tar.close()
-        if not rows:
+class _ShardWriter:
+    """Tar and index of one shard. Samples come sorted by key; nothing is stored before ``finish``."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._folder = store.staging_dir()
+        self._path = os.path.join(self._folder, "unit.tar")
+        self._stream = open(self._path, "xb", buffering=1 << 20)  # noqa: SIM115 - closed by finish and __exit__
+        self._tar = TarWriter(self._stream)
+        self._rows: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, sample: _Sample) -> None:
+        key, class_id = sample.row[0], sample.row[2]
+        label, image = (f"{key}.cls", b"%d" % class_id), (f"{key}.{sample.extension}", sample.data)
+        offsets = {name: self._tar.add(name, data) for name, data in sorted((label, image))}
+        self._rows.append((*sample.row, offsets[image[0]], len(sample.data), sample.checksum))
+
+    def finish(self) -> tuple[FileRef | None, FileRef | None]:
+        """Store both files under their hashes; (None, None) when there was no sample."""
+        digest = self._tar.close()
+        self._stream.close()
+        if not self._rows:
             return None, None
-        store.put_file(tar_path(digest), path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    tar_ref = FileRef(sha256=digest, size=tar.size, num_rows=len(rows))
-    index = table_to_ipc(_index_table(rows))
-    index_ref = FileRef(sha256=hashlib.sha256(index).hexdigest(), size=len(index), num_rows=len(rows))
-    store.put(index_path(index_ref.sha256), index)
-    return tar_ref, index_ref
-
-
-def _add(tar: TarWriter, sample: _Sample) -> int:
-    key, class_id = sample.row[0], sample.row[2]
-    label, image = (f"{key}.cls", b"%d" % class_id), (f"{key}.{sample.extension}", sample.data)
-    offsets = {name: tar.add(name, data) for name, data in sorted((label, image))}
-    return offsets[image[0]]
+        self._store.put_file(tar_path(digest), self._path)
+        index = table_to_ipc(_index_table(self._rows))
+        index_ref = FileRef(sha256=hashlib.sha256(index).hexdigest(), size=len(index), num_rows=len(self._rows))
+        self._store.put(index_path(index_ref.sha256), index)
+        return FileRef(sha256=digest, size=self._tar.size, num_rows=len(self._rows)), index_ref
 
 
 def _index_table(rows: list[tuple[Any, ...]]) -> pa.Table:

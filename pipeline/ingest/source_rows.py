@@ -11,6 +11,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,15 +58,17 @@ class Settled:
 
 
 class Rows:
-    """Collects a listing. ``row`` numbers are for tables, which may name one file twice."""
+    """Collects a listing. Tables, which may name one file twice, number all their rows (from 1); folders none."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._codes: dict[str, int] = {}
         self._chunks: list[pa.Array] = []
         self._paths: list[str] = []
-        self._keys, self._groups, self._fingerprints = array("Q"), array("Q"), array("Q")
-        self._sizes, self._labels, self._splits, self._rows = array("q"), array("i"), array("b"), array("q")
+        self._keys, self._fingerprints = array("Q"), array("Q")
+        self._groups = array("Q")  # empty as long as every group is its key
+        self._sizes, self._labels, self._splits = array("q"), array("i"), array("b")
+        self._rows = array("q")  # empty unless rows are numbered
         self._rejects: list[tuple[str, ...]] = []
 
     def __len__(self) -> int:
@@ -96,13 +99,16 @@ class Rows:
     def _append(self, path: str, found: Found, code: int, split: int, row: int, group: int | None) -> None:
         key = text_key(path)
         self._paths.append(path)
+        if group is not None or self._groups:
+            self._groups.extend(self._keys[len(self._groups) :])
+            self._groups.append(key if group is None else group)
         self._keys.append(key)
-        self._groups.append(key if group is None else group)
         self._fingerprints.append(found.fingerprint)
         self._sizes.append(found.size)
         self._labels.append(code)
         self._splits.append(split)
-        self._rows.append(row)
+        if row:
+            self._rows.append(row)
         if len(self._paths) == CHUNK_ROWS:
             self._flush()
 
@@ -124,25 +130,22 @@ class Rows:
         self._flush()
         paths = pa.concat_arrays(self._chunks)
         self._chunks.clear()
-        keys = np.frombuffer(self._keys, np.uint64)
-        order = np.argsort(keys, kind="stable")
-        order = order[self._kept(keys[order], order, paths)]
-        names, class_ids = self._classes(np.frombuffer(self._labels, np.int32)[order])
-        columns = {
-            "path": paths.take(pa.array(order)),
-            "key": pa.array(keys[order]),
-            "class_id": pa.array(class_ids),
-            "split": pa.array(np.frombuffer(self._splits, np.int8)[order]),
-            "group": pa.array(np.frombuffer(self._groups, np.uint64)[order]),
-            "size": pa.array(np.frombuffer(self._sizes, np.int64)[order]),
-            "fingerprint": pa.array(np.frombuffer(self._fingerprints, np.uint64)[order]),
-        }
-        references = pa.Table.from_pydict(columns, schema=REFERENCES)
+        order = np.argsort(np.frombuffer(self._keys, np.uint64), kind="stable").astype(np.int32)
+        order = order[self._kept(order, paths)]
+        columns = {"path": paths.take(pa.array(order))}
+        del paths  # one column at a time is held twice, not all of them
+        names, columns["class_id"] = self._classes(_taken(self._labels, np.int32, order))
+        columns["key"] = pa.array(_taken(self._keys, np.uint64, order))
+        columns["group"] = pa.array(_taken(self._groups, np.uint64, order)) if self._groups else columns["key"]
+        columns["split"] = pa.array(_taken(self._splits, np.int8, order))
+        columns["size"] = pa.array(_taken(self._sizes, np.int64, order))
+        columns["fingerprint"] = pa.array(_taken(self._fingerprints, np.uint64, order))
+        references = pa.Table.from_arrays([columns[name] for name in REFERENCES.names], schema=REFERENCES)
         return Settled(references=references, class_names=names, rejects=self._rejects_table())
 
-    def _kept(self, keys: NDArray[np.uint64], order: NDArray[np.int64], paths: pa.Array) -> NDArray[np.bool_]:
-        kept = np.ones(len(keys), np.bool_)
-        for start, stop in _runs(keys):
+    def _kept(self, order: NDArray[np.int32], paths: pa.Array) -> NDArray[np.bool_]:
+        kept = np.ones(len(order), np.bool_)
+        for start, stop in _runs(np.frombuffer(self._keys, np.uint64)[order]):
             survivor = self._resolve([int(index) for index in order[start:stop]], paths)
             kept[start:stop] = order[start:stop] == survivor
         return kept
@@ -153,6 +156,8 @@ class Rows:
         if len(names) > 1:
             both = " and ".join(repr(name) for name in sorted(names))
             raise SourceError(f"{both} have the same 64-bit key {self._keys[indexes[0]]:016x}; rename one of them")
+        if not self._rows:
+            return indexes[0]  # a server that lists one file twice has not got two
         path, labels = names.pop(), list(self._codes)
         if len({self._labels[index] for index in indexes}) > 1:
             all_labels = sorted({labels[self._labels[index]] for index in indexes})
@@ -169,24 +174,17 @@ class Rows:
     def _reject_again(self, indexes: Sequence[int], path: str, reason: Reason, detail: str) -> None:
         labels = list(self._codes)
         for index in indexes:
-            if self._rows[index]:  # a server that lists one file twice has not got two
-                self.reject(
-                    path,
-                    reason,
-                    label=labels[self._labels[index]],
-                    split=self._splits[index],
-                    detail=detail,
-                    row=self._rows[index],
-                )
+            label, split, row = labels[self._labels[index]], self._splits[index], self._rows[index]
+            self.reject(path, reason, label=label, split=split, detail=detail, row=row)
 
-    def _classes(self, codes: NDArray[np.int32]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    def _classes(self, codes: NDArray[np.int32]) -> tuple[tuple[str, ...], pa.Array]:
         labels = list(self._codes)
         used = [int(code) for code in np.unique(codes)]
         names = sort_labels([labels[code] for code in used])
         rank = np.full(len(labels), -1, np.int32)
         for class_id, name in enumerate(names):
             rank[self._codes[name]] = class_id
-        return names, rank[codes]
+        return names, pa.array(rank[codes])
 
     def num_rejects_by_reason(self) -> dict[str, int]:
         """For messages, most frequent first."""
@@ -204,6 +202,13 @@ def sort_labels(labels: Sequence[str]) -> tuple[str, ...]:
     if all(re.fullmatch(r"-?[0-9]+", label) for label in labels):
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
+
+
+def _taken(column: array[int], dtype: type[Any], order: NDArray[np.int32]) -> NDArray[Any]:
+    """The values in this order; empties ``column``."""
+    values = np.frombuffer(column, dtype)[order]
+    del column[:]
+    return values
 
 
 def _runs(keys: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
