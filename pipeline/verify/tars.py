@@ -1,0 +1,119 @@
+"""One tar against its index, member by member, by the standard library's ``tarfile``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from pipeline.images import HARD_MAX_PIXELS, ImageRejected, Limits, inspect
+from pipeline.verify.files import RESTORE
+from pipeline.verify.findings import Code, Findings
+
+_BLOCK = 512
+_END = bytes(2 * _BLOCK)
+_LIMITS = Limits(max_pixels=HARD_MAX_PIXELS, max_bytes=1 << 40)
+_FIXED = {"type": tarfile.REGTYPE, "mode": 0o644, "uid": 0, "gid": 0, "mtime": 0, "uname": "", "gname": ""}
+
+Row = dict[str, Any]
+Problem = tuple[Code, str]
+
+
+def check_tar(data: bytes, index: pa.Table, path: str, findings: Findings) -> int:
+    """Compare a whole tar with its index; returns how many images were compared."""
+    rows: list[Row] = index.to_pylist()
+    members = _members(data, path, findings)
+    if members is None or not _same_names(members, rows, path, findings):
+        return 0
+    by_name = {member.name: member for member in members}
+    for row in rows:
+        image, label = by_name[_image_name(row)], by_name[_label_name(row)]
+        problems = (*_member_problems(image), *_member_problems(label), *_row_problems(data, row, image, label))
+        for code, detail in problems:
+            findings.add(code, path, f"{row['key']} ({row['path']!r}): {detail}; {RESTORE}")
+    return len(rows)
+
+
+def _members(data: bytes, path: str, findings: Findings) -> list[tarfile.TarInfo] | None:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = tar.getmembers()
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
+        findings.add(Code.TAR, path, f"cannot be read as a tar: {error}; {RESTORE}")
+        return None
+    end = max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in members), default=0)
+    if data[end:] != _END:
+        told = f"expected 1,024 zero bytes after the last member and nothing more, found {len(data) - end:,} bytes"
+        findings.add(Code.TAR, path, f"{told}; {RESTORE}")
+    return members
+
+
+def _image_name(row: Row) -> str:
+    return f"{row['key']}.{row['format']}"
+
+
+def _label_name(row: Row) -> str:
+    return f"{row['key']}.cls"
+
+
+def _same_names(members: Sequence[tarfile.TarInfo], rows: Sequence[Row], path: str, findings: Findings) -> bool:
+    """Each row's two members stand together, sorted; rows and members come in one order."""
+    expected = [name for row in rows for name in sorted((_image_name(row), _label_name(row)))]
+    found = [member.name for member in members]
+    if found == expected:
+        return True
+    place = next((i for i, (one, two) in enumerate(zip(expected, found, strict=False)) if one != two), None)
+    if place is None:
+        told = f"expected {len(expected):,} members, found {len(found):,}"
+    else:
+        told = f"expected member number {place} to be {expected[place]!r}, found {found[place]!r}"
+    findings.add(Code.TAR, path, f"{told}; {RESTORE}")
+    return False
+
+
+def _member_problems(member: tarfile.TarInfo) -> Iterator[Problem]:
+    """Equal contents must give equal bytes: no clock, owner or extended header."""
+    wrong = {name: getattr(member, name) for name, value in _FIXED.items() if getattr(member, name) != value}
+    if wrong:
+        yield (
+            Code.TAR,
+            f"{member.name}: expected {', '.join(f'{name} {_FIXED[name]!r}' for name in wrong)}, found {wrong}",
+        )
+    if member.pax_headers or member.offset_data - member.offset != _BLOCK:
+        yield Code.TAR, f"{member.name}: expected a plain USTAR header, found an extended one"
+
+
+def _row_problems(data: bytes, row: Row, image: tarfile.TarInfo, label: tarfile.TarInfo) -> Iterator[Problem]:
+    if (image.offset_data, image.size) != (row["offset"], row["size"]):
+        yield (
+            Code.TAR,
+            f"its index says {row['size']} bytes at offset {row['offset']}, "
+            f"the tar has {image.size} at {image.offset_data}",
+        )
+    text = data[label.offset_data : label.offset_data + label.size]
+    if text != b"%d" % row["class_id"]:
+        yield Code.LABEL, f"expected class {row['class_id']} in {label.name}, found {text[:20]!r}"
+    content = data[image.offset_data : image.offset_data + image.size]
+    if (found := xxhash.xxh3_64_intdigest(content)) != row["checksum"]:
+        yield Code.IMAGE, f"expected XXH3-64 {row['checksum']:016x}, found {found:016x}"
+    if (digest := hashlib.sha256(content).digest()) != row["sha256"]:
+        yield Code.IMAGE, f"expected SHA-256 {row['sha256'].hex()}, found {digest.hex()}"
+    else:
+        yield from _fact_problems(content, row)
+
+
+def _fact_problems(content: bytes, row: Row) -> Iterator[Problem]:
+    """The bytes are the right ones: they must be the image that the index describes."""
+    try:
+        facts = inspect(content, check="header", limits=_LIMITS)
+    except ImageRejected as rejected:
+        yield Code.IMAGE, f"expected an image that can be read, found {rejected}"
+        return
+    wrong = {name: value for name, value in vars(facts).items() if row[name] != value}
+    if wrong:
+        yield Code.IMAGE, f"expected {', '.join(f'{name} {row[name]!r}' for name in wrong)}, found {wrong}"
