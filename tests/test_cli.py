@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_COUNTS
+
+import pipeline
+from pipeline.cli import cli, run
+from pipeline.cli.commands import build as build_command
+from pipeline.cli.show import safe, table
+
+
+@pytest.fixture(scope="module")
+def root(local_ray: None, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli") / "root"
+    pipeline.build(tiny_images, root)
+    return root
+
+
+@pytest.fixture
+def own_root(root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(root, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def call(*arguments: object) -> int:
+    return run(cli, [str(argument) for argument in arguments])
+
+
+def test_build_prints_what_was_built(tiny_images: Path, own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("build", tiny_images, own_root, "--quiet") == 0
+    told = capsys.readouterr().out
+    assert "nothing changed: snapshot 1 stands" in told
+    assert "61 in 6 classes" in told
+    assert len(told.splitlines()) <= 11
+
+
+def test_build_reads_a_build_file_and_flags_override_it(
+    local_ray: None, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "build.yaml"
+    file.write_text(f"source: {tiny_images}\nroot: {tmp_path}/no\nmanifests:\n  sqrt: {{policy: power, alpha: 0.5}}\n")
+    flags = ("--config", file, "--quiet", "--json", "--manifest", "flat=balanced:per_class=3")
+    assert run(build_command, [str(flag) for flag in (tiny_images, tmp_path / "root", *flags)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["manifests"]["flat"] == 18
+    assert set(told["manifests"]) == {"balanced", "flat", "natural", "oversampled", "sqrt", "undersampled"}
+
+
+def test_stats_as_json_counts_the_folders(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("stats", root, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["count"] for row in told["classes"]} == TINY_COUNTS
+    assert (told["summary"]["imbalance"], told["summary"]["singletons"]) == (40.0, 2)
+    assert sum(row["share"] for row in told["classes"]) == pytest.approx(1)
+
+
+def test_stats_of_one_split_count_that_split(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("stats", root, "--json", "--split", "train") == 0
+    told = json.loads(capsys.readouterr().out)
+    classes = pipeline.open_snapshot(root).classes
+    assert [row["count"] for row in told["classes"]] == classes["train"].to_pylist()
+    assert [row["bytes"] for row in told["classes"]] == classes["train_bytes"].to_pylist()
+
+
+def test_stats_for_people_start_with_the_largest_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("stats", root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "apple", "40", "65.57%", lines[1].split()[-1]]
+    assert "6 classes" in lines[-3]
+
+
+def test_manifest_adds_a_snapshot_and_touches_no_image(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in (own_root / "shards").rglob("*.tar"))
+    assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["manifests"][0]["draws"] == 42
+    snapshot = pipeline.open_snapshot(own_root)
+    assert snapshot.number == 2
+    assert np.array_equal(snapshot.manifest("flat").targets, np.full(6, 7))
+    assert sorted(path.name for path in (own_root / "shards").rglob("*.tar")) == before
+    assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
+    assert pipeline.open_snapshot(own_root).number == 2
+
+
+def test_a_manifest_name_keeps_its_meaning(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("manifest", own_root, "balanced", "--policy", "natural") == 2
+    assert "choose another name" in capsys.readouterr().err
+
+
+def test_a_rebuild_keeps_manifests_that_were_added(tiny_images: Path, own_root: Path) -> None:
+    assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
+    assert call("build", tiny_images, own_root, "--quiet") == 0
+    assert "flat" in pipeline.open_snapshot(own_root).manifests
+
+
+def test_manifests_lists_draws(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("manifests", root, "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["manifests"]}
+    train = pipeline.open_snapshot(root).classes["train"].to_numpy()
+    assert rows["natural"]["draws"] == rows["natural"]["distinct"] == train.sum()
+    assert rows["balanced"]["smallest_target"] == rows["balanced"]["largest_target"]
+    assert call("manifests", root) == 0
+    assert "undersample" in capsys.readouterr().out
+
+
+def test_export_tells_its_cost_first(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("export", root, "balanced", tmp_path / "out", "--quiet") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("writes ")
+    assert lines[1].startswith("wrote ")
+
+
+WRONG = {
+    "missing source": (["build", "{tmp}/nowhere", "{tmp}/r"], 1, "nowhere"),
+    "empty source": (["build", "{tmp}/empty", "{tmp}/r"], 1, "is empty"),
+    "no arguments": (["build"], 2, "source is missing"),
+    "unknown flag": (["build", "a", "b", "--shards", "3"], 2, "--shards"),
+    "unknown key": (["build", "--config", "{tmp}/bad.yaml"], 2, "shard_sample"),
+    "unknown policy": (["build", "{src}", "{tmp}/r", "--manifest", "x=balancd"], 2, "balanced"),
+    "bad pair": (["build", "{src}", "{tmp}/r", "--manifest", "balanced"], 2, "NAME=POLICY"),
+    "root holds something else": (["build", "{src}", "{tmp}/other"], 2, "not empty"),
+    "root is a file": (["build", "{src}", "{tmp}/file"], 2, "file"),
+    "root below a file": (["build", "{src}", "{tmp}/file/root"], 2, "file/root"),
+    "root inside the source": (["build", "{tmp}/holder", "{tmp}/holder/root"], 1, "root"),
+    "label column": (["build", "{tmp}/rows.csv", "{tmp}/r", "--label-column", "tag"], 1, "tag"),
+    "no snapshot": (["stats", "{tmp}/empty"], 1, "evenshard build"),
+    "unknown manifest": (["export", "{root}", "balancd", "{tmp}/out"], 2, "natural"),
+    "export into a full folder": (["export", "{root}", "natural", "{tmp}/other"], 2, "not empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_calls_say_so(
+    case: str, root: Path, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, code, words = WRONG[case]
+    for folder in ("empty", "other", "holder/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "other/thesis.txt").write_text("mine")
+    shutil.copy(tiny_images / "fig/000.jpg", tmp_path / "holder/a")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "bad.yaml").write_text("source: a\nroot: b\nshard_sample: 3\n")
+    (tmp_path / "rows.csv").write_text("path,label\na.jpg,x\n")
+    filled = [text.format(tmp=tmp_path, src=tiny_images, root=root) for text in arguments]
+    assert call(*filled) == code
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+    assert (tmp_path / "other/thesis.txt").read_text() == "mine"
+
+
+def test_hostile_names_cannot_steer_a_terminal() -> None:
+    assert safe("a\x1b]0;b\u202ec\ud800") == "a\\x1b]0;b\\u202ec\\ud800"
+    assert "\n" not in table(("name",), [("x\ny",)]).split("name\n")[1].strip("\n")
+
+
+def test_planning_commands_import_neither_ray_nor_torch(root: Path) -> None:
+    code = (
+        "import sys; from pipeline.cli import cli, run; "
+        f"assert run(cli, ['stats', {str(root)!r}]) == 0; assert run(cli, ['manifests', {str(root)!r}]) == 0; "
+        "print(sorted({'ray', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_build_job_is_the_build_command(tiny_images: Path, own_root: Path) -> None:
+    command = [sys.executable, "-m", "jobs.build", str(tiny_images), str(own_root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["changed"] is False
+    failed = subprocess.run([*command[:3], "/nowhere", str(own_root)], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "error: source /nowhere" in failed.stderr
