@@ -262,6 +262,21 @@ def test_a_class_of_one_seed_does_not_follow_another_class_of_another_seed() -> 
     assert np.abs(a.images(epochs[0] + 77, epochs[1])[0] - b.images(epochs[0], epochs[1])[0]).any()
 
 
+@pytest.mark.parametrize("num_images", [20, 60])
+def test_each_cycle_is_shuffled_afresh(num_images: int) -> None:
+    f = function([num_images], [([num_images], None)], 4)
+    ordinal, _ = f.images(np.zeros(num_images * 50, np.int64), np.arange(num_images * 50))
+    assert len(np.unique(ordinal.reshape(50, num_images), axis=0)) == 50
+
+
+def test_halves_start_anywhere() -> None:
+    """Without a turn, the first half of every class's images would always be drawn first."""
+    f = function([100] * 2000, [([1] * 2000, None)], 4)
+    ordinal, _ = f.images(np.arange(2000), np.zeros(2000, np.int64))
+    counts = np.bincount(ordinal // 10, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 9 + 4 * np.sqrt(18)
+
+
 # --- small and strange shapes
 
 
