@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
+
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 
@@ -22,10 +24,10 @@ MANY_ABOVE, FEW_BELOW = 100, 20
 def per_class_recall(labels: Ints, predictions: Ints, num_classes: int) -> Floats:
     """Float64 ``[num_classes]``: the share of each class's images that was recognised; NaN for an absent class."""
     if labels.shape != predictions.shape:
-        raise ValueError(f"labels have shape {labels.shape}, predictions {predictions.shape}; they must be equal")
+        raise UsageError(f"labels have shape {labels.shape}, predictions {predictions.shape}; they must be equal")
     support = np.bincount(labels, minlength=num_classes)
     if len(support) > num_classes:
-        raise ValueError(f"label {int(labels.max())} is outside of {num_classes} classes")
+        raise UsageError(f"label {int(labels.max())} is outside of {num_classes} classes")
     hits = np.bincount(labels[labels == predictions], minlength=num_classes)
     return np.where(support > 0, hits / np.maximum(support, 1), np.nan)
 
@@ -45,5 +47,5 @@ def shot_groups(train_counts: Ints) -> Mapping[str, NDArray[np.bool_]]:
 def group_accuracy(recall: Floats, train_counts: Ints) -> dict[str, float]:
     """Mean of per-class recall inside each group; NaN for a group in which no class was measured."""
     if recall.shape != train_counts.shape:
-        raise ValueError(f"recall covers {recall.shape} classes, counts {train_counts.shape}; they must be equal")
+        raise UsageError(f"recall covers {recall.shape} classes, counts {train_counts.shape}; they must be equal")
     return {name: balanced_accuracy(recall[members]) for name, members in shot_groups(train_counts).items()}

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.errors import UsageError
+
 
 class Batches(Protocol):
     """What ``fit`` needs of a loader: each ``iter`` is one epoch."""
@@ -115,5 +117,5 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> tuple[N
         predictions.append(model(normalise(images, device)).argmax(1).cpu()[keep])
         labels.append(truth[keep])
     if not labels:
-        raise ValueError("nothing to evaluate: the loader gave no batch")
+        raise UsageError("nothing to evaluate: the loader gave no batch")
     return torch.cat(predictions).numpy(), torch.cat(labels).numpy()
