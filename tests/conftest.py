@@ -41,17 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two CPUs for the whole session; starting it takes seconds."""
-    import ray
+    from pipeline.ingest.engine import Engine
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 1024 * 1024,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with Engine(address="local", workers=2):
+        yield
 
 
 @pytest.fixture(scope="session")
