@@ -210,3 +210,13 @@ def test_each_exported_tar_is_balanced_in_itself(oversampled: pipeline.Manifest,
         counts = np.array([labels[c] for c in range(len(share))])
         bound = 2 * (2 + 3 * np.sqrt(np.count_nonzero(share)) * share)
         assert np.all(np.abs(counts - counts.sum() * share) <= bound)
+
+
+def test_a_table_of_targets_is_a_manifest(tiny_images: Path, tmp_path: Path) -> None:
+    manifests = {"mine": {"policy": "explicit", "targets": {"fig": 9, "apple": 3}}}
+    pipeline.build(tiny_images, tmp_path / "root", manifests=manifests)
+    targets = pipeline.open_snapshot(tmp_path / "root").manifest("mine").targets
+    assert dict(zip(sorted(TINY_COUNTS), targets.tolist(), strict=True)) == dict.fromkeys(TINY_COUNTS, 0) | {
+        "fig": 9,
+        "apple": 3,
+    }

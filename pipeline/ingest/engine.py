@@ -33,6 +33,9 @@ WINDOW_PER_CPU = 3
 """Enough that no worker waits for the driver, few enough that a failure stops the build early."""
 
 MAX_ATTEMPTS = 4
+
+START_ATTEMPTS = 3
+_BUSY = "timed out during startup"  # Ray allows its own processes 30 s, which a busy machine can exceed
 _TRANSIENT = (OSError, StoreError)
 
 
@@ -77,13 +80,20 @@ class Engine:
             }
         else:
             options["address"] = self._address
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = self._address or "a local Ray"
-            raise EngineError(f"could not start or reach {where}: {error}") from error
+        self._connect(options)
         self._owns_ray = True
         return self
+
+    def _connect(self, options: dict[str, Any]) -> None:
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                ray.init(**options)
+                return
+            except Exception as error:  # Ray raises bare Exceptions here
+                ray.shutdown()
+                if attempt == START_ATTEMPTS or _BUSY not in str(error):
+                    where = self._address or "a local Ray"
+                    raise EngineError(f"could not start or reach {where}: {error}") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

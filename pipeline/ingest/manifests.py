@@ -57,7 +57,7 @@ def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: st
     if split not in base.samples:
         raise PolicyError(f"the snapshot has no {split} images; it has {', '.join(sorted(base.samples)) or 'none'}")
     counts = base.class_table[split].to_numpy().astype(np.int64)
-    targets = policies.apply(counts, policy)
+    targets = policies.apply(counts, policy, base.class_table["name"].to_pylist())
     columns = {"available": targets.available, "pool": targets.pool, "target": targets.target}
     document = ManifestDocument(
         name=name,
