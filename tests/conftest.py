@@ -24,12 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session its own HOME and Ray directory: Ray leaves a token in one and joins clusters of the other."""
     # Below /tmp because a Unix socket's path has at most 107 bytes, and Ray adds about 70 of them.
     scratch = Path(tempfile.mkdtemp(prefix="evenshard-", dir="/tmp"))
-    private = {"HOME": str(scratch / "home"), "RAY_TMPDIR": str(scratch / "ray")}
-    for directory in private.values():
-        Path(directory).mkdir()
+    (scratch / "home").mkdir()
     environment = pytest.MonkeyPatch()
-    for name, value in private.items():
-        environment.setenv(name, value)
+    environment.setenv("HOME", str(scratch / "home"))
+    environment.setenv("RAY_TMPDIR", str(scratch))
     environment.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
     environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
