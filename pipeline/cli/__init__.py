@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import click
 
+from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, demo, export, manifest, manifests, stats
 from pipeline.cli.show import safe
 from pipeline.errors import EvenshardError
@@ -25,7 +26,7 @@ def cli() -> None:
     """Class-balanced training epochs from one stored copy of your images."""
 
 
-for _command in (build, demo, export, manifest, manifests, stats):
+for _command in (build, demo, export, manifest, manifests, report, stats, verify):
     cli.add_command(_command)
 
 

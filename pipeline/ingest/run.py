@@ -15,7 +15,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -363,6 +363,13 @@ def _summary(
     )
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None  # a rebuild that has nothing to do needs no Ray
+
+
 def _log_run(store: Store, config: BuildConfig, summary: BuildSummary, started_s: float) -> None:
     """When, where, from which URL: beside the snapshot, never in it."""
     body = {
@@ -374,7 +381,7 @@ def _log_run(store: Store, config: BuildConfig, summary: BuildSummary, started_s
         "changed": summary.changed,
         "num_read": summary.num_read,
         "config": config.meaning(),
-        "versions": {name: version(name) for name in ("evenshard", "ray", "pyarrow", "pillow", "numpy", "fsspec")},
+        "versions": {name: _version(name) for name in ("evenshard", "ray", "pyarrow", "pillow", "numpy", "fsspec")},
         "python": platform.python_version(),
     }
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started_s))

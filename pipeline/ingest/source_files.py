@@ -150,8 +150,8 @@ def open_place(text: str) -> Place:
 @lru_cache(maxsize=16)
 def filesystem(protocol: str) -> Any:
     """The fsspec file system, without its listing cache: a later build must see what changed."""
-    # encoded: our own percent-encoding is final. allow_redirects: a redirect leads out of the root.
-    options: dict[str, Any] = {"encoded": True, "allow_redirects": False} if protocol.startswith("http") else {}
+    # A redirect may lead out of the root.
+    options: dict[str, Any] = {"allow_redirects": False} if protocol.startswith("http") else {}
     try:
         return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError as error:
