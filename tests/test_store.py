@@ -461,8 +461,14 @@ def test_put_table_refuses_other_columns_and_nulls(local: Store) -> None:
     with pytest.raises(UsageError, match=r"expected a table with columns \['class_id'.*found \['name'\]"):
         put_table(local, pa.table({"name": ["a"]}), CLASSES)
     holed = pa.table({name: pa.array([1, None]) for name in SAMPLES.names})
-    with pytest.raises((IntegrityError, ValueError), match=r"missing value|null"):
+    with pytest.raises(UsageError, match="without missing values, found some in shard, row, offset, size, checksum"):
         put_table(local, holed, SAMPLES)
+
+
+def test_nulls_where_none_may_be_are_damage() -> None:
+    holed = pa.table([pa.array([None], type=field.type) for field in SAMPLES], schema=SAMPLES)
+    with pytest.raises(IntegrityError, match="samples: expected no missing value, found some in shard, row"):
+        ipc_to_table(table_to_ipc(holed), SAMPLES, "samples")
 
 
 def test_a_table_of_another_schema_is_refused() -> None:
@@ -538,6 +544,14 @@ def test_a_flip_in_a_large_table_stops_its_block_and_no_other(local: Store) -> N
             checked.verify_all()
         far = [n for n in offsets if (offsets[n] >> 20) != block]
         assert all(checked.take(n, [0])[0] == table.column(n)[0].as_py() for n in far)
+
+
+@pytest.mark.parametrize("position", [0, 300, -1, -7, -10, -200])
+def test_a_flip_at_the_ends_of_a_large_table_is_seen_on_opening(local: Store, position: int) -> None:
+    data = table_to_ipc(samples_table(200_000))
+    flipped = flip(data, position % len(data))
+    with pytest.raises(IntegrityError):
+        open_samples(local, flipped, make_ref(data, 200_000), "flipped")
 
 
 def test_a_block_is_hashed_once(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:

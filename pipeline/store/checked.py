@@ -84,7 +84,8 @@ def ipc_to_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
         table.validate(full=True)  # offsets and UTF-8: a file from elsewhere must not lead outside its buffers
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{where} is not an Arrow IPC file that can be read: {error}; {RESTORE}") from error
-    _refuse_nulls(table, where)
+    if holed := _holed(table, schema):
+        raise IntegrityError(f"{where}: expected no missing value, found some in {', '.join(holed)}")
     return table
 
 
@@ -92,9 +93,9 @@ def put_table(store: Store, table: pa.Table, schema: pa.Schema) -> FileRef:
     """Write ``table``, cast to ``schema``, under its hash in tables/."""
     if sorted(table.column_names) != sorted(schema.names):
         raise UsageError(f"expected a table with columns {schema.names}, found {table.column_names}")
-    table = table.select(schema.names).cast(schema)
-    _refuse_nulls(table, "the table to be written")
-    data = table_to_ipc(table)
+    if holed := _holed(table, schema):
+        raise UsageError(f"expected a table without missing values, found some in {', '.join(holed)}")
+    data = table_to_ipc(table.select(schema.names).cast(schema))
     ref = make_ref(data, table.num_rows)
     store.put(table_path(ref.sha256), data)
     return ref
@@ -188,7 +189,6 @@ class CheckedTable:
         if size < len(_MAGIC) + _TAIL_BYTES:
             raise IntegrityError(f"{self._where}: {size} bytes are no Arrow IPC file; {RESTORE}")
         self._verify_bytes(0, 1)
-        self._verify_bytes(size - _TAIL_BYTES, size)
         footer_size = int.from_bytes(self._view[size - _TAIL_BYTES : size - len(_MAGIC)], "little", signed=True)
         if not 0 < footer_size <= size - _TAIL_BYTES:
             raise IntegrityError(f"{self._where}: a footer of {footer_size} bytes cannot be; {RESTORE}")
@@ -269,7 +269,5 @@ def _columns_of(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}{'' if not field.nullable else ' or null'}" for field in schema)
 
 
-def _refuse_nulls(table: pa.Table, where: str) -> None:
-    holed = [field.name for field in table.schema if not field.nullable and table.column(field.name).null_count]
-    if holed:
-        raise IntegrityError(f"{where}: expected no missing value, found some in {', '.join(holed)}")
+def _holed(table: pa.Table, schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if not field.nullable and table.column(field.name).null_count]
