@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -495,6 +496,26 @@ def test_at_most_so_many_batches_are_made_ahead() -> None:
     results.close()
     assert list(results) == []
     assert_threads_end()
+
+
+def count_threads(image: torch.Tensor, draw: Draw) -> torch.Tensor:
+    torch.zeros(100_000).sum()  # enough for torch to share it
+    return torch.full((1, 1, 1), torch.get_num_threads())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torch_spreads_transforms_over_no_further_threads_and_training_as_before(
+    snapshot: Snapshot, workers: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loader = loader_of(snapshot, transform=count_threads, workers=workers)
+        found = {count for images, _, _ in loader for count in images.flatten().tolist()}
+        with ThreadPoolExecutor(1) as pool:
+            assert (found, torch.get_num_threads(), pool.submit(torch.get_num_threads).result()) == ({1}, 3, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- Arguments
