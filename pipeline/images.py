@@ -143,7 +143,7 @@ class ImageRejected(Exception):
     """One file cannot be used: a row of the rejects table, never the end of a build."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(reason, detail)  # both, so that it survives pickling between Ray workers
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
@@ -184,7 +184,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = HARD_MAX_PIXELS) -> NDArray[np.
         _check_pixels(*image.size, max_pixels)
         _check_mode(image.mode)
         image.load()
-        upright = _transpose(found, image)
+        upright = _transpose(image)
         return np.array(upright if upright.mode == "RGB" and "transparency" not in upright.info else _rgb(upright))
 
 
@@ -388,9 +388,8 @@ def _tiff_directory(data: bytes) -> int:
 # --- Pixels ---
 
 
-def _transpose(found: str, image: Image.Image) -> Image.Image:
-    if found == "tif":
-        return image  # Pillow has done it
+def _transpose(image: Image.Image) -> Image.Image:
+    """Upright. Pillow has done it for TIFF, and dropped the tag."""
     method = _TRANSPOSE.get(_orientation(image))
     return image if method is None else image.transpose(method)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from pipeline.images import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, decode_rgb, inspect
+from pipeline.images import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, _refusal, decode_rgb, inspect
 from pipeline.schema import Reason
 
 CHECKS: tuple[Check, ...] = get_args(Check)
@@ -189,6 +189,7 @@ def test_details_hold_no_memory_address() -> None:
     with pytest.raises(ImageRejected) as caught:
         inspect(b"GIF89a" + b"\0" * 3, check="decode", limits=LIMITS)
     assert "0x" not in str(caught.value)
+    assert "0x7f" not in str(_refusal(OSError("bad <_io.BytesIO object at 0x7f00deadbeef>")))
 
 
 def test_a_rejection_travels_between_processes() -> None:
@@ -258,7 +259,7 @@ def test_cmyk_of_photoshop_is_not_inverted() -> None:
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    values = np.linspace(0, 65535, 64 * 4).astype(np.uint16).reshape(4, 64)
+    values = np.linspace(0, 65535, 64 * 5).astype(np.uint16).reshape(5, 64)
     found = decode_rgb(encoded(Image.fromarray(values), "PNG"))
     assert_close(found, np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2), 1)
 

@@ -502,7 +502,7 @@ def test_one_path_in_two_splits_is_trained_on_only(folder: Path) -> None:
 
 def test_groups_join_and_are_no_keys(folder: Path) -> None:
     put(folder, "1.jpg", "2.jpg", "3.jpg")
-    listing = listed(table(folder, "path,label,group\n1.jpg,a,3.jpg\n2.jpg,a,3.jpg\n3.jpg,a,\n"))
+    listing = listed(table(folder, "path,label,group\n3.jpg,a,\n1.jpg,a,3.jpg\n2.jpg,a,3.jpg\n"))
     rows = {row["path"]: row for row in listing.references.to_pylist()}
     assert rows["1.jpg"]["group"] == rows["2.jpg"]["group"] != rows["3.jpg"]["group"]
     assert rows["3.jpg"]["group"] == rows["3.jpg"]["key"]
