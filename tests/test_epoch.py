@@ -126,9 +126,9 @@ def test_the_largest_target_equals_python_integers(place: int) -> None:
     assert list(zip(draws.class_id.tolist(), draws.draw.tolist(), strict=True)) == expected
 
 
-def test_slots_of_the_largest_target_equal_python_integers() -> None:
-    num = 2**31 - 1
-    j = [0, 1, 2, 12_345, 2**30, num - 2, num - 1]
+@pytest.mark.parametrize("num", [3, 20, 2**30 + 1, 2**31 - 99, 2**31 - 1])
+def test_slots_equal_python_integers(num: int) -> None:
+    j = [0, 1, 2, num // 3, num // 2, num - 2, num - 1]
     step, rest = divmod(2**62, num)
     begin, length = clock.slots(*(np.array(x, np.uint64) for x in (j, [num] * 7, [step] * 7, [rest] * 7)))
     assert begin.tolist() == [i * 2**62 // num for i in j]
@@ -183,6 +183,13 @@ def test_a_resume_anywhere_in_a_schedule_continues_exactly(seed: int) -> None:
         fresh = EpochFunction(pool, stages, seed).draws(int(begin), stop)
         assert np.array_equal(fresh.class_id, everything.class_id[begin:stop])
         assert np.array_equal(fresh.draw, everything.draw[begin:stop])
+
+
+def test_a_resume_finds_its_window_from_every_position() -> None:
+    """The window where a position should lie is often one off."""
+    targets, pool = [20, 31, 7, 1, 1, 1, 1, 1, 1, 1, 60], [9] * 11
+    whole = rows(function(pool, [(targets, None)], 1), 0, sum(targets))
+    assert [rows(function(pool, [(targets, None)], 1, 6), i, i + 1)[0] for i in range(sum(targets))] == whole
 
 
 def test_a_resume_anywhere_in_a_long_epoch_continues_exactly() -> None:

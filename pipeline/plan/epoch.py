@@ -181,11 +181,11 @@ class EpochFunction:
     def _window_at(self, position: int) -> Window:
         """The window that holds this position: kept, or found by stepping from where it should be."""
         with self._lock:
-            epoch = self._epoch(self.epoch_of(position))
             for key, window in self._windows.items():
-                if key[0] == epoch.number and window.start <= position < window.stop:
+                if window.start <= position < window.stop:
                     self._windows.move_to_end(key)
                     return window
+            epoch = self._epoch(self.epoch_of(position))
             index, lower, upper = self._bracket(epoch, position - epoch.start)
             return _cached(self._windows, (epoch.number, index), lambda: epoch.window(lower, upper))
 
