@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -220,3 +223,20 @@ def test_a_table_of_targets_is_a_manifest(tiny_images: Path, tmp_path: Path) -> 
         "fig": 9,
         "apple": 3,
     }
+
+
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+    messy_images: Path, messy_root: Path, tmp_path: Path
+) -> None:
+    """B2 after SIGKILL of the driver; its workers die with it."""
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "jobs.build", str(messy_images), str(root), "--shard-samples", "10"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        while driver.poll() is None and len(list(root.glob("runs/units/*/*.json"))) < 2:
+            time.sleep(0.01)
+        driver.kill()
+    assert not list(root.glob("snapshots/*"))
+    summary = pipeline.build(messy_images, root, shard_samples=10)
+    assert 2 <= summary.num_reused_units < summary.num_units
+    shutil.rmtree(root / "staging")  # what the killed build was writing; never read
+    assert digests_of(root) == {path: hash for path, hash in digests_of(messy_root).items() if "staging/" not in path}

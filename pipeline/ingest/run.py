@@ -15,8 +15,11 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from itertools import chain
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +49,9 @@ from pipeline.plan.policy import parse
 from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, Reason, SnapshotRecord
 from pipeline.snapshot import Snapshot, encode_record, open_snapshot, record_id, snapshot_exists
 from pipeline.store import Store, put_table, redact
+
+if TYPE_CHECKING:
+    from pipeline.ingest.engine import Engine
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, images done, images in all), at least every second while units run."""
@@ -99,18 +105,17 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     _check_parent(config, parent)
     notify("list", 0, 0)
     listing = _with_class_ids_of(parent, list_source(config))
-    work = _Work(config, store, listing, notify)
-    records = work.pack()
-    samples = gather(store, records)
-    if not len(samples.key):
-        raise SourceError(_nothing_readable(config, listing, records))
-    split, group, expelled = settle(
-        samples, splits_given=listing.splits_given, num_classes=len(listing.class_names), seed=config.seed
-    )
-    limits = ShardLimits(config.shard_samples, config.shard_bytes)
-    shards = work.write_final(
-        final_shards(samples, (split, group), records, limits=limits, seed=config.seed), samples, group, records
-    )
+    with _Work(config, store, listing, notify) as work:
+        records = work.pack()
+        samples = gather(store, records)
+        if not len(samples.key):
+            raise SourceError(_nothing_readable(config, listing, records))
+        split, group, expelled = settle(
+            samples, splits_given=listing.splits_given, num_classes=len(listing.class_names), seed=config.seed
+        )
+        limits = ShardLimits(config.shard_samples, config.shard_bytes)
+        planned = final_shards(samples, (split, group), records, limits=limits, seed=config.seed)
+        shards = work.write_final(planned, samples, group, records)
     rejects = reject_table(_reject_rows(listing, records, samples, expelled), listing.rejects)
     notify("tables", 0, 0)
     tables = put_tables(store, shards, listing.class_names, seed=config.seed)
@@ -146,7 +151,16 @@ class _Work:
 
     def __init__(self, config: BuildConfig, store: Store, listing: Listing, notify: Progress) -> None:
         self._config, self._store, self._listing, self._notify = config, store, listing, notify
-        self._done = 0
+        self._open = ExitStack()
+        self._started: Engine | None = None
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
 
     def pack(self) -> list[UnitRecord]:
         """Write every provisional unit; returns their records in unit order."""
@@ -193,23 +207,21 @@ class _Work:
         first = next(waiting, None)
         self._notify(stage, done, total)
         if first is not None:
-            # Ray is imported, and started, only by builds that have something to do.
-            from pipeline.ingest.engine import Engine
-
-            with Engine(address=self._config.address, workers=self._config.workers) as engine:
-                units = _chain(first, waiting)
-                for item in engine.map(function, units):
-                    if isinstance(item, UnitRecord):
-                        finished[item.digest] = item
-                    else:
-                        done += item
-                    self._notify(stage, done, total)
+            for item in self._engine().map(function, chain([first], waiting)):
+                if isinstance(item, UnitRecord):
+                    finished[item.digest] = item
+                else:
+                    done += item
+                self._notify(stage, done, total)
         return [finished[digest] for digest in order]
 
+    def _engine(self) -> Engine:
+        # Ray is imported, and started, only by builds that have something to do, and once.
+        if self._started is None:
+            from pipeline.ingest.engine import Engine
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+            self._started = self._open.enter_context(Engine(address=self._config.address, workers=self._config.workers))
+        return self._started
 
 
 def _provisional(
