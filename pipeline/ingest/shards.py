@@ -42,7 +42,7 @@ _ZEROS = bytes(_BLOCK)
 _TAG_SHARD = 18
 # Everything of a USTAR header that never varies: mode 0644, uid, gid, mtime 0, regular file, no owner names.
 _HEAD = b"0000644\0" + b"0000000\0" * 2
-_TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(155 + 12)
+_TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
 _FIXED_SUM = sum(_HEAD) + sum(_TAIL) + 8 * ord(" ")
 _MTIME = b"00000000000\0"
 
