@@ -1,19 +1,19 @@
 """Everything evenshard raises on purpose; each message says what was expected, what was found, where, and what to do.
 
-    EvenshardError                 exit code 1
-    |-- UsageError                 exit code 2: the call itself is wrong (also a ValueError)
-    |   |-- ConfigError            a build file: unknown key, bad value
-    |   |-- PolicyError            targets that these counts cannot give
-    |   `-- StateError             a loader state from another manifest, seed or rule
-    |-- SourceError                the source is missing, empty, or ambiguous
-    |-- StoreError                 storage refused: not writable, no space, not found
-    |   |-- NotFoundError
-    |   `-- AlreadyExistsError     create-only write met a file
-    |-- IntegrityError             bytes differ from their recorded checksum
-    |-- CommitError                a snapshot was not published
-    |   `-- LostRaceError          another build published this number first
-    |-- EngineError                Ray could not finish a unit
-    `-- MissingExtraError          an optional dependency is not installed
+EvenshardError                 exit code 1
+|-- UsageError                 exit code 2: the call itself is wrong (also a ValueError)
+|   |-- ConfigError            a build file: unknown key, bad value
+|   |-- PolicyError            targets that these counts cannot give
+|   `-- StateError             a loader state from another manifest, seed or rule
+|-- SourceError                the source is missing, empty, or ambiguous
+|-- StoreError                 storage refused: not writable, no space, not found
+|   |-- NotFoundError
+|   `-- AlreadyExistsError     create-only write met a file
+|-- IntegrityError             bytes differ from their recorded checksum
+|-- CommitError                a snapshot was not published
+|   `-- LostRaceError          another build published this number first
+|-- EngineError                Ray could not finish a unit
+`-- MissingExtraError          an optional dependency is not installed
 """
 
 from __future__ import annotations
