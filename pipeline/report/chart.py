@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,17 @@ from numpy.typing import NDArray
 from pipeline.ingest.stats import FEW_BELOW, MANY_ABOVE
 
 WIDTH, HEIGHT = 960, 360
-LEFT, RIGHT, TOP, BASE = 64, 948, 30, 318
+LEFT, RIGHT, TOP, BASE = 64, 936, 30, 318
 ZERO_BAND = 16
 """Pixels between "none" and one image: a logarithmic axis has no zero, and a class that is never drawn must be seen."""
 
+DASH = 9
+
 MAX_COLUMNS = 720
 """Beyond this many classes a column stands for several and shows their median."""
+
+MAX_LINEAR = 200
+"""Beyond this many classes ranks stand at their square root: a long tail would squeeze its head into a line."""
 
 IntArray = NDArray[np.int64]
 
@@ -39,7 +45,8 @@ class Line:
 
     name: str
     path: str
-    width: float  # earlier lines are wider, so that they are seen where later ones cover them
+    dashes: str  # each line is drawn whole and then once more in dashes of its own phase ...
+    phase: int  # ... so lines that lie on each other show all their colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,7 @@ class Chart:
     y_ticks: tuple[Mark, ...]
     zones: tuple[Mark, ...]  # names, at the middle of their zone
     borders: tuple[float, ...]  # between zones
-    num_classes: int
+    power: float  # of the axis of ranks: 1 or 1/2
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -69,14 +76,14 @@ def class_curve(counts: IntArray, targets: Mapping[str, IntArray]) -> Chart:
     return Chart(
         area=f"{area}V{BASE}H{LEFT}Z" if area else "",
         lines=tuple(
-            Line(name=name, path=_path(values, top), width=2 + 1.5 * (len(targets) - 1 - i))
+            Line(name=name, path=_path(values, top), dashes=f"{DASH} {DASH * (len(targets) - 1)}", phase=-DASH * i)
             for i, (name, values) in enumerate(targets.items())
         ),
         x_ticks=_x_ticks(len(counts)),
         y_ticks=(Mark(at=BASE, label="none"), *_y_ticks(top)),
         zones=zones,
         borders=borders,
-        num_classes=len(counts),
+        power=_power(len(counts)),
     )
 
 
@@ -89,28 +96,47 @@ def _height(value: float, top: int) -> float:
 
 def _path(values: IntArray, top: int) -> str:
     """Steps: one level per class or column, equal neighbours drawn as one."""
-    levels = [f"{_height(value, top):.1f}" for value in _columns(values)]
-    if not levels:
-        return ""
-    width = (RIGHT - LEFT) / len(levels)
-    parts = [f"M{LEFT} {levels[0]}"]
-    for i in range(1, len(levels)):
-        if levels[i] != levels[i - 1]:
-            parts.append(f"H{LEFT + i * width:.1f}V{levels[i]}")
-    return "".join([*parts, f"H{RIGHT}"])
+    num_classes = len(values)
+    parts: list[str] = []
+    last = ""
+    for start, stop in pairwise(_edges(num_classes)):
+        level = f"{_height(float(np.median(values[start:stop])), top):.1f}"
+        if level != last:
+            parts.append(f"H{_place(start, num_classes):.1f}V{level}" if parts else f"M{LEFT} {level}")
+            last = level
+    return "".join([*parts, f"H{RIGHT}"]) if parts else ""
 
 
-def _columns(values: IntArray) -> list[float]:
-    if len(values) <= MAX_COLUMNS:
-        return values.tolist()
-    return [float(np.median(part)) for part in np.array_split(values, MAX_COLUMNS)]
+def _edges(num_classes: int) -> list[int]:
+    """Where columns begin and end: a class each, or as wide as a pixel or two."""
+    if num_classes <= MAX_COLUMNS:
+        return list(range(num_classes + 1))
+    share = (np.arange(MAX_COLUMNS + 1) / MAX_COLUMNS) ** (1 / _power(num_classes))
+    return np.unique(np.round(share * num_classes).astype(np.int64)).tolist()
+
+
+def _power(num_classes: int) -> float:
+    return 0.5 if num_classes > MAX_LINEAR else 1.0
+
+
+def _place(rank: float, num_classes: int) -> float:
+    """Pixels of a rank, counted from 0; a class owns [rank, rank + 1)."""
+    return LEFT + (RIGHT - LEFT) * (rank / max(num_classes, 1)) ** _power(num_classes)
 
 
 def _x_ticks(num_classes: int) -> tuple[Mark, ...]:
-    step = max(1, _round(num_classes / 6))
-    ranks = [1, *range(step, num_classes + 1, step)] if step > 1 else range(1, num_classes + 1)
-    width = (RIGHT - LEFT) / max(num_classes, 1)
-    return tuple(Mark(at=round(LEFT + (rank - 0.5) * width, 1), label=f"{rank:,}") for rank in ranks)
+    """1, round numbers far enough from each other, and the last class."""
+    step = max(1, _round(num_classes / (10 if _power(num_classes) == 1 else 5)))
+    wanted = [1, *([step // 10, step // 2] if step >= 20 else []), *range(step, num_classes, step), num_classes]
+    marks: list[Mark] = []
+    for rank in [rank for rank in wanted if 1 <= rank <= num_classes]:
+        at = round(_place(rank - 0.5, num_classes), 1)
+        if marks and at - marks[-1].at < 40:
+            if rank < num_classes:
+                continue
+            marks.pop()
+        marks.append(Mark(at=at, label=f"{rank:,}"))
+    return tuple(marks)
 
 
 def _round(value: float) -> int:
@@ -130,14 +156,14 @@ def _zones(counts: IntArray) -> tuple[tuple[Mark, ...], tuple[float, ...]]:
     """Many-, medium- and few-shot classes, as far as they are there and wide enough for their name."""
     num_many, num_few = int((counts > MANY_ABOVE).sum()), int((counts < FEW_BELOW).sum())
     num_medium = len(counts) - num_many - num_few
-    width = (RIGHT - LEFT) / max(len(counts), 1)
     marks: list[Mark] = []
     borders: list[float] = []
     start = 0
     for name, count in (("many-shot", num_many), ("medium-shot", num_medium), ("few-shot", num_few)):
-        if count * width > 70:
-            marks.append(Mark(at=round(LEFT + (start + count / 2) * width, 1), label=name))
+        left, right = (_place(rank, len(counts)) for rank in (start, start + count))
+        if right - left > 11 * len(name):
+            marks.append(Mark(at=round((left + right) / 2, 1), label=name))
         start += count
         if 0 < start < len(counts) and count:
-            borders.append(round(LEFT + start * width, 1))
+            borders.append(round(right, 1))
     return tuple(marks), tuple(borders)

@@ -1,7 +1,8 @@
 "use strict";
 // Names and numbers come from the data element and become text nodes, never markup.
 const { columns, chart } = JSON.parse(document.getElementById("data").textContent);
-const titles = Array.from(document.querySelectorAll("#classes th"), (cell) => cell.textContent);
+const heads = document.querySelectorAll("#classes thead tr:last-child th");
+const titles = Array.from(heads, (head) => head.textContent);
 const byteColumn = titles.indexOf("bytes");
 const lowered = columns[0].map((name) => name.toLowerCase());
 const PAGE = 100;
@@ -50,7 +51,7 @@ function select() {
   const column = sortedBy === 0 ? lowered : columns[sortedBy];
   const sign = ascending ? 1 : -1;
   rows.sort((a, b) => (column[a] < column[b] ? -sign : column[a] > column[b] ? sign : a - b));
-  document.querySelectorAll("#classes th").forEach((cell, i) => {
+  heads.forEach((cell, i) => {
     cell.setAttribute("aria-sort", i !== sortedBy ? "none" : ascending ? "ascending" : "descending");
   });
   shown = PAGE;
@@ -59,8 +60,8 @@ function select() {
 
 document.getElementById("search").addEventListener("input", select);
 document.getElementById("more").addEventListener("click", () => { shown += 5 * PAGE; show(); });
-document.querySelectorAll("#classes th button").forEach((button, i) => {
-  button.addEventListener("click", () => {
+heads.forEach((head, i) => {
+  head.firstChild.addEventListener("click", () => {
     ascending = i === sortedBy ? !ascending : i === 0;
     sortedBy = i;
     select();
@@ -73,19 +74,20 @@ const hair = document.getElementById("hair");
 const readout = document.getElementById("readout");
 const left = Number(curve.dataset.left);
 const right = Number(curve.dataset.right);
+const power = Number(curve.dataset.power);
 
 curve.addEventListener("pointermove", (event) => {
   const box = curve.getBoundingClientRect();
   const x = ((event.clientX - box.left) / box.width) * curve.viewBox.baseVal.width;
-  const rank = Math.floor(((x - left) / (right - left)) * chart.length);
+  const rank = Math.floor(((x - left) / (right - left)) ** (1 / power) * chart.length);
   const row = chart[rank];
   if (row === undefined) { return; }
-  const at = left + ((rank + 0.5) / chart.length) * (right - left);
+  const at = left + ((rank + 0.5) / chart.length) ** power * (right - left);
   hair.setAttribute("x1", at);
   hair.setAttribute("x2", at);
   const name = document.createElement("bdi");
   name.textContent = columns[0][row];
-  const draws = titles.map((title, i) => (i > byteColumn ? title.replace(/ draws$/, "") + " " + group.format(columns[i][row]) : ""));
+  const draws = titles.map((title, i) => (i > byteColumn ? title + " " + group.format(columns[i][row]) : ""));
   const told = "rank " + group.format(rank + 1) + ", " + group.format(columns[2][row]) + " training images; draws: ";
   readout.replaceChildren(name, ": " + told + draws.filter(Boolean).join(", "));
 });

@@ -31,6 +31,7 @@ from pipeline.store import Store
 
 NUM_RAREST = 24
 NUM_EXAMPLES = 5
+FIXED_COLUMNS = ("class", "images", *SPLITS, "bytes")
 MAX_LISTED = 20_000
 """Classes in the page's own table: some 2 MB. Beyond, the rarest are left to `evenshard stats`."""
 
@@ -87,7 +88,7 @@ def render(snapshot: Snapshot) -> str:
     """The whole page."""
     table = _ClassTable.of(snapshot)
     manifests = [_manifest_row(snapshot.manifest(name)) for name in snapshot.manifests]
-    rank = np.lexsort((np.arange(len(table.names)), -table.columns["count"], -table.columns["train"]))
+    rank = np.argsort(-table.columns["train"], kind="stable")
     targets = {row["name"]: snapshot.manifest(row["name"]).targets for row in manifests}
     style, script = _asset("page.css"), _asset("page.js")
     return _template().render(
@@ -98,7 +99,7 @@ def render(snapshot: Snapshot) -> str:
         splits=_split_rows(table),
         manifests=manifests,
         chart=class_curve(table.columns["train"][rank], {name: values[rank] for name, values in targets.items()}),
-        columns=table.titles(targets),
+        fixed_columns=FIXED_COLUMNS,
         data=_script_data(table.listed(targets, rank)),
         num_unlisted=max(0, len(table.names) - MAX_LISTED),
         rarest=_rarest(snapshot, table),
@@ -137,11 +138,8 @@ class _ClassTable:
         numbers = [name for name in classes.column_names if name not in ("class_id", "name", "evaluable")]
         return cls(classes["name"].to_pylist(), {name: classes[name].to_numpy() for name in numbers})
 
-    def titles(self, targets: Mapping[str, IntArray]) -> list[str]:
-        return ["class", "images", *SPLITS, "bytes", *(f"{name} draws" for name in targets)]
-
     def listed(self, targets: Mapping[str, IntArray], rank: IntArray) -> dict[str, Any]:
-        """What the script reads: columns in the order of ``titles``, classes by images; ``chart`` is rank -> row."""
+        """What the script reads: FIXED_COLUMNS and one for each manifest, classes by images; ``chart``: rank -> row."""
         count = self.columns["count"]
         order = np.lexsort((np.arange(len(count)), -count))[:MAX_LISTED]
         values = [count, *(self.columns[split] for split in SPLITS), self.columns["bytes"], *targets.values()]
@@ -161,7 +159,8 @@ def _headline(counts: IntArray) -> str:
     needed = int(np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)) + 1
     median = int(sizes[len(sizes) // 2])  # half of the classes, rounded down, have no more
     head = "The largest class holds" if needed == 1 else f"The {needed:,} largest of {len(sizes):,} classes hold"
-    return f"{head} half of the images; half of the classes have {median:,} or fewer."
+    tail = "a single image" if median == 1 else f"{median:,} or fewer"
+    return f"{head} half of the images; half of the classes have {tail}."
 
 
 def _split_rows(table: _ClassTable) -> list[dict[str, Any]]:

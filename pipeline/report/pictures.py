@@ -17,7 +17,8 @@ SIDE = 112
 
 def thumbnail(data: bytes, side: int = SIDE) -> str:
     """A ``data:`` URI of the image, at most ``side`` pixels wide and high. Raises ``images.ImageRejected``."""
-    png = encode_png(shrink(decode_rgb(data), side) & 0xF8 | 4)  # without noise in the low bits: half the size
+    pixels = shrink(decode_rgb(data), side)
+    png = encode_png(pixels & np.uint8(0xF8) | np.uint8(4))  # without the noise of the low bits: half the size
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
