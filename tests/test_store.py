@@ -658,6 +658,20 @@ def test_a_reader_keeps_few_files_open_under_threads(local: Store) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
+def test_a_file_stays_open_while_it_is_read(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        local.create(f"shards/{number}.tar", b"%04d" % number)
+    reader = ShardReader(local, max_open=1)
+
+    def late(descriptor: int, offset: int, size: int) -> bytes:
+        monkeypatch.undo()
+        assert reader.read("shards/1.tar", 0, 4) == b"0001"  # another thread takes the only place in the cache
+        return os.pread(descriptor, size, offset)
+
+    monkeypatch.setattr("pipeline.store.shards.read_fully", late)
+    assert reader.read("shards/0.tar", 0, 4) == b"0000"
+
+
 def test_a_reader_is_pickled_without_its_files(local: Store) -> None:
     local.create("shards/a.tar", b"0123")
     reader = ShardReader(local, max_open=2)
