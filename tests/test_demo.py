@@ -180,14 +180,17 @@ def test_nothing_but_photos_lies_in_the_photo_folder(tmp_path: Path) -> None:
     assert found == {photo.path for photo in plan.photos + plan.damaged}
 
 
-def test_a_broken_run_leaves_no_half_photo(tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+def test_a_broken_run_leaves_no_half_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(path: Path, data: bytes) -> int:
+        path.open("wb").write(data[: len(data) // 2])
+        raise OSError("No space left on device")
 
     plan, photos = small(plan_photos(0)), tmp_path / "photos"
-    with pytest.raises(KeyboardInterrupt):
-        draw_photos(plan, photos, stop)
-    assert draw_photos(plan, photos) == 7
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
+        broken.setattr(Path, "write_bytes", write_half)
+        draw_photos(plan, photos)
+    assert not [path for path in photos.rglob("*") if path.is_file()]
+    assert draw_photos(plan, photos) == 8
 
 
 def test_drawings_of_another_seed_are_not_mixed_in(tmp_path: Path) -> None:
