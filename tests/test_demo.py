@@ -182,13 +182,15 @@ def test_nothing_but_photos_lies_in_the_photo_folder(tmp_path: Path) -> None:
 
 def test_a_broken_run_leaves_no_half_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_half(path: Path, data: bytes) -> int:
-        path.open("wb").write(data[: len(data) // 2])
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("No space left on device")
 
     plan, photos = small(plan_photos(0)), tmp_path / "photos"
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
-        broken.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space"):
         draw_photos(plan, photos)
+    monkeypatch.undo()
     assert not [path for path in photos.rglob("*") if path.is_file()]
     assert draw_photos(plan, photos) == 8
 
