@@ -401,6 +401,20 @@ def changed(values: np.ndarray, place: int, value: Any) -> np.ndarray:
     return values
 
 
+def test_a_shard_in_place_of_another(root: Path) -> None:
+    first = open_snapshot(root).shards.to_pylist()[0]
+    files = {name: first[name] for name in first if name not in ("split", "prefix")}
+    edit_table(root, "shards", schema.SHARDS, lambda table: set_row(table, 1, **files))
+    assert {Code.ONCE, Code.PLACE} <= codes(root)
+
+
+def test_a_group_of_an_evaluation_split_in_train(root: Path) -> None:
+    snapshot = open_snapshot(root)
+    last = snapshot.index(snapshot.shards.num_rows - 1)
+    edit_shard(root, index=lambda table: set_row(table, 2, group=last["group"][0].as_py()))
+    assert codes(root) == {Code.GROUP}
+
+
 @pytest.mark.parametrize("column", ["key", "digest"])
 def test_an_image_in_two_rows(built: Path, column: str) -> None:
     rows, findings = rows_of(built), Findings()

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError, NotFoundError, UsageError
@@ -104,8 +103,8 @@ def render(snapshot: Snapshot) -> str:
         num_unlisted=max(0, len(table.names) - MAX_LISTED),
         rarest=_rarest(snapshot, table),
         rejects=_reject_groups(snapshot.rejects),
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         policy=_content_policy(style, script),
     )
 
@@ -221,10 +220,10 @@ def _reject_groups(rejects: pa.Table) -> list[dict[str, Any]]:
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
-def _script_data(value: object) -> Markup:
+def _script_data(value: object) -> str:
     """JSON that cannot end its element or start another: a script element of a data type is read up to ``</script``."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _content_policy(style: str, script: str) -> str:
