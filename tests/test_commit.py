@@ -126,6 +126,15 @@ def test_a_cut_file_stops_the_commit(copy: Snapshot, kind: str) -> None:
         commit(copy.store, successor(copy))
 
 
+@pytest.mark.parametrize("kind", ["classes", "shards", "manifest", "targets"])
+def test_a_damaged_file_that_is_read_stops_the_commit(copy: Snapshot, kind: str) -> None:
+    path = named(copy)[kind]
+    os.truncate(Path(copy.root, path), 9)
+    with pytest.raises(CommitError, match=rf"snapshot 2 was not published .*{path} .*damaged"):
+        commit(copy.store, successor(copy))
+    assert newest_number(copy.store) == 1
+
+
 def test_many_missing_files_are_counted(copy: Snapshot) -> None:
     shutil.rmtree(Path(copy.root, "shards"))
     with pytest.raises(CommitError, match=r"7 are not there.* \(missing, expected \d+\), .* and 2 more; run the build"):

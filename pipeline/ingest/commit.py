@@ -137,12 +137,11 @@ def _named_files(store: Store, record: SnapshotRecord) -> Iterator[tuple[str, in
     try:
         snapshot = Snapshot(store, record)
         for name in snapshot.manifests:
-            targets = snapshot.manifest(name).document.targets
-            yield table_path(targets.sha256), targets.size
+            snapshot.manifest(name)  # opening it reads and checks its targets, and that they fit the classes
         for row in snapshot.shards.to_pylist():
             yield tar_path(row["tar_sha256"]), row["tar_size"]
             yield index_path(row["index_sha256"]), row["index_size"]
-    except NotFoundError as error:
+    except (NotFoundError, IntegrityError) as error:
         raise CommitError(f"snapshot {record.number} was not published in {store.url}: {error}") from error
 
 
