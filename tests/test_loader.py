@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -469,6 +470,12 @@ def leave_by_exception(loader: Loader) -> None:
             raise ZeroDivisionError
 
 
+def leave_by_worker_exception(loader: Loader) -> None:
+    failing = iter(Loader(loader.manifest, 10, transform=failing_at(47), workers=3))
+    with suppress(ZeroDivisionError):
+        list(failing)
+
+
 def drop_unused(loader: Loader) -> None:
     iter(loader)
 
@@ -481,11 +488,17 @@ def replace_by_another(loader: Loader) -> None:
         next(steps)
 
 
-@pytest.mark.parametrize("leave", [list, leave_by_break, leave_by_exception, drop_unused, replace_by_another])
+@pytest.mark.parametrize(
+    "leave", [list, leave_by_break, leave_by_exception, leave_by_worker_exception, drop_unused, replace_by_another]
+)
 def test_threads_end_with_the_iterator(snapshot: Snapshot, leave: Callable[[Loader], Any]) -> None:
     loader = loader_of(snapshot, workers=3)
-    leave(loader)
-    assert_threads_end()
+    gc.disable()  # not only when a cycle happens to be collected
+    try:
+        leave(loader)
+        assert_threads_end()
+    finally:
+        gc.enable()
 
 
 def test_at_most_so_many_batches_are_made_ahead() -> None:

@@ -105,9 +105,9 @@ class Loader:
         self._global_batch = self._batch_size * self._topology.world_size
         self._seed = _whole("seed", seed)
         self._threads, self._ahead = _concurrency(workers, prefetch)
-        self._manifest_digest = manifest.digest
+        self.manifest = manifest
         self._plan = EpochFunction(manifest.pool, manifest.targets, self._seed)
-        self._refuse_small_epoch(manifest)
+        self._refuse_small_epoch()
         self._builder = _DrawnBatches(
             plan=self._plan,
             reader=_reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224)),
@@ -174,7 +174,7 @@ class Loader:
         return {
             "format_version": STATE_FORMAT_VERSION,
             "epoch_rule": EPOCH_RULE,
-            "manifest": self._manifest_digest,
+            "manifest": self.manifest.digest,
             "seed": self._seed,
         }
 
@@ -207,11 +207,11 @@ class Loader:
         if self._live() is steps:
             self._current = None
 
-    def _refuse_small_epoch(self, manifest: Manifest) -> None:
+    def _refuse_small_epoch(self) -> None:
         num_draws = self._plan.num_draws(0)
         if num_draws < self._global_batch:
             raise UsageError(
-                f"manifest {manifest.name!r} draws {num_draws} images an epoch, fewer than one global batch of "
+                f"manifest {self.manifest.name!r} draws {num_draws} images an epoch, fewer than one global batch of "
                 f"{self._global_batch} (batch_size {self._batch_size} x world_size {self._topology.world_size}): "
                 "lower batch_size, or use a manifest with higher targets"
             )

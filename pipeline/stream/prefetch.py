@@ -64,7 +64,12 @@ class Prefetch(Generic[T]):
     def _next_of(self, pool: ThreadPoolExecutor) -> T:
         if not self._pending:
             raise StopIteration
-        result = self._pending[0].result()  # leaves the queue only once it is there: an interrupt loses nothing
+        try:
+            result = self._pending[0].result()  # leaves the queue only once it is there: an interrupt loses nothing
+        except Exception:
+            # The exception stays, for whoever asks again. It holds this frame, and so this object: end the threads now.
+            self._finalizer()
+            raise
         self._pending.popleft()
         self._submit(pool)
         return result
