@@ -37,7 +37,11 @@ WORKERS = 2  # loader threads, beside the two of the training itself
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training: a natural stage, then a short balanced one of the same network."""
+    """One training: the whole network on natural draws, then its last layer on balanced ones.
+
+    The second stage is the classifier re-training of Kang et al. (ICLR 2020), without forgetting the first. Of the
+    recipes tried here it lifted few-shot classes most and cost many-shot classes least (3 seeds).
+    """
 
     side: int = 64
     batch_size: int = 64
@@ -45,7 +49,7 @@ class Recipe:
     natural_epochs: int = 12
     natural_lr: float = 0.1
     balanced_epochs: int = 3
-    balanced_lr: float = 0.03
+    balanced_lr: float = 0.1
 
 
 FULL = Recipe()
@@ -185,7 +189,8 @@ def _train(snapshot: Snapshot, recipe: Recipe, seed: int, echo: Echo) -> tuple[d
     _fit(model, snapshot.manifest("natural"), recipe, (recipe.natural_epochs, recipe.natural_lr), seed, echo)
     natural = _score(model, snapshot, recipe)
     echo(f"      {_in_words(natural)}")
-    echo("\n[4/4] Fine-tuning the same network on `balanced`: every class equally often, nothing copied on disk")
+    echo("\n[4/4] Fine-tuning its last layer on `balanced`: every class equally often, with nothing copied on disk")
+    model[:-1].requires_grad_(False)
     _fit(model, snapshot.manifest("balanced"), recipe, (recipe.balanced_epochs, recipe.balanced_lr), seed, echo)
     balanced = _score(model, snapshot, recipe)
     echo(f"      {_in_words(balanced)}")
