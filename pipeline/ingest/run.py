@@ -107,16 +107,7 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     listing = _with_class_ids_of(parent, list_source(config))
     with _Work(config, store, listing, notify) as work:
         records = work.pack()
-        samples = gather(store, records)
-        if not len(samples.key):
-            raise SourceError(_nothing_readable(config, listing, records))
-        split, group, expelled = settle(
-            samples, splits_given=listing.splits_given, num_classes=len(listing.class_names), seed=config.seed
-        )
-        limits = ShardLimits(config.shard_samples, config.shard_bytes)
-        planned = final_shards(samples, (split, group), records, limits=limits, seed=config.seed)
-        shards = work.write_final(planned, samples, group, records)
-    rejects = reject_table(_reject_rows(listing, records, samples, expelled), listing.rejects)
+        shards, rejects = work.settle(records)
     notify("tables", 0, 0)
     tables = put_tables(store, shards, listing.class_names, seed=config.seed)
     _guard(config, parent, tables, rejects, listing)
@@ -172,14 +163,30 @@ class _Work:
         arguments = (self._listing.reader, config.check, config.limits)
         return self._run("read", pack_source, jobs, arguments, references.num_rows)
 
-    def write_final(
+    def settle(self, records: Sequence[UnitRecord]) -> tuple[list[Written], pa.Table]:
+        """Decide who is in, repack the shards that this changes; returns all final shards in order, and all rejects.
+
+        What it holds per sample is freed when it returns, before the sample tables are made.
+        """
+        config, listing = self._config, self._listing
+        samples = gather(self._store, records)
+        if not len(samples.key):
+            raise SourceError(_nothing_readable(config, listing, records))
+        split, group, expelled = settle(
+            samples, splits_given=listing.splits_given, num_classes=len(listing.class_names), seed=config.seed
+        )
+        limits = ShardLimits(config.shard_samples, config.shard_bytes)
+        shards = final_shards(samples, (split, group), records, limits=limits, seed=config.seed)
+        rejects = reject_table(_reject_rows(listing, records, samples, expelled), listing.rejects)
+        return self._write_final(shards, samples, group, records), rejects
+
+    def _write_final(
         self,
         shards: Sequence[FinalShard],
         samples: Samples,
         group: NDArray[np.uint64],
         records: Sequence[UnitRecord],
     ) -> list[Written]:
-        """Repack the shards that no finished unit is; returns all final shards in order."""
         rest = [shard for shard in shards if shard.record is None]
         jobs = (repack_unit(self._store, samples, shard, group, records) for shard in rest)
         total = sum(len(shard.members) for shard in rest)

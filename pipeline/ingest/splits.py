@@ -40,25 +40,36 @@ def find_duplicates(
     ``SPLIT_UNSET``: then no copy can leak.
     """
     num = len(key)
-    order = np.lexsort((key, split, *digest.T[::-1]))
+    conflict, leak, duplicate = (np.zeros(num, dtype=bool) for _ in range(3))
+    keeper = np.full(num, -1, dtype=np.int64)
+    suspects = _repeated(digest[:, 0])
+    if not len(suspects):
+        return Duplicates(conflict, leak, duplicate, keeper)
+    order = suspects[np.lexsort((key[suspects], split[suspects], *digest[suspects].T[::-1]))]
     ranked = digest[order]
-    starts = np.ones(num, dtype=bool)
+    starts = np.ones(len(order), dtype=bool)
     starts[1:] = np.any(ranked[1:] != ranked[:-1], axis=1)
     run = np.cumsum(starts) - 1  # which group of equal digests, in sorted order
-    first = order[np.flatnonzero(starts)][run]  # the group's keeper, in sorted order
-    differs = class_id[order] != class_id[first]
-    conflicted = np.bincount(run, weights=differs, minlength=int(run[-1]) + 1 if num else 0)[run] > 0
-    second = order[np.minimum(np.flatnonzero(starts)[run] + 1, max(num - 1, 0))]
-    conflict, leak, duplicate = (np.zeros(num, dtype=bool) for _ in range(3))
-    result = Duplicates(conflict, leak, duplicate, np.full(num, -1, dtype=np.int64))
-    result.conflict[order] = conflicted
+    first = order[np.flatnonzero(starts)][run]
+    conflicted = np.bincount(run, weights=class_id[order] != class_id[first])[run] > 0
+    second = order[np.minimum(np.flatnonzero(starts)[run] + 1, len(order) - 1)]
     later = ~starts & ~conflicted
-    result.leak[order] = later & (split[order] != split[first])
-    result.duplicate[order] = later & (split[order] == split[first])
+    conflict[order] = conflicted
+    leak[order] = later & (split[order] != split[first])
+    duplicate[order] = later & (split[order] == split[first])
     # A conflict's first copy names the second, so that every row of the table leads to another file.
-    other = np.where(order == first, second, first)
-    result.keeper[order] = np.where(conflicted | later, other, -1)
-    return result
+    keeper[order] = np.where(conflicted | later, np.where(order == first, second, first), -1)
+    return Duplicates(conflict, leak, duplicate, keeper)
+
+
+def _repeated(word: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where ``word`` holds a value that occurs more than once: of millions of digests, few share even 8 bytes."""
+    ranked = np.sort(word)
+    values = np.unique(ranked[1:][ranked[1:] == ranked[:-1]])
+    if not len(values):
+        return np.empty(0, dtype=np.int64)
+    place = np.minimum(np.searchsorted(values, word), len(values) - 1)
+    return np.flatnonzero(values[place] == word)
 
 
 def join_groups(group: NDArray[np.uint64], first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -115,6 +126,10 @@ def _home_classes(
     inverse: NDArray[np.int64], class_id: NDArray[np.int32], num_groups: int, num_classes: int
 ) -> NDArray[np.int64]:
     """For each group, its class with the fewest groups (ties: the smaller id)."""
+    if num_groups == len(class_id):  # the usual case, nothing is grouped
+        home = np.empty(num_groups, dtype=np.int64)
+        home[inverse] = class_id
+        return home
     pairs = np.unique(inverse.astype(np.int64) * num_classes + class_id)
     of_group, of_class = np.divmod(pairs, num_classes)
     groups_of_class = np.bincount(of_class, minlength=num_classes)
