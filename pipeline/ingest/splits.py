@@ -124,10 +124,10 @@ def assign(
 
 def _home_classes(
     inverse: NDArray[np.int64], class_id: NDArray[np.int32], num_groups: int, num_classes: int
-) -> NDArray[np.int64]:
+) -> NDArray[np.int32]:
     """For each group, its class with the fewest groups (ties: the smaller id)."""
     if num_groups == len(class_id):  # the usual case, nothing is grouped
-        home = np.empty(num_groups, dtype=np.int64)
+        home = np.empty(num_groups, dtype=np.int32)
         home[inverse] = class_id
         return home
     pairs = np.unique(inverse.astype(np.int64) * num_classes + class_id)
@@ -135,20 +135,25 @@ def _home_classes(
     groups_of_class = np.bincount(of_class, minlength=num_classes)
     order = np.lexsort((of_class, groups_of_class[of_class], of_group))
     first = np.searchsorted(of_group[order], np.arange(num_groups))
-    return of_class[order][first]
+    return of_class[order][first].astype(np.int32)
 
 
-def _hold_out(home: NDArray[np.int64], rank_key: NDArray[np.uint64], num_classes: int, seed: int) -> NDArray[np.int8]:
+def _hold_out(home: NDArray[np.int32], rank_key: NDArray[np.uint64], num_classes: int, seed: int) -> NDArray[np.int8]:
     order = np.lexsort((rank_key, home))
-    count = np.bincount(home, minlength=num_classes)
-    start = np.cumsum(count) - count
-    rank = np.arange(len(home)) - start[home[order]]
-    size = count[home[order]]
-    held = np.minimum(MAX_HELD_OUT_GROUPS, np.maximum(1, size // 10))
-    split = np.where(rank < held, VAL, np.where(rank < 2 * held, TEST, TRAIN))
-    class_key = keyed_hash(derive(seed_key(seed), _TAG_CLASS), home[order].astype(np.uint64))
-    of_two = np.where(rank == 0, np.where(class_key & np.uint64(1), TEST, VAL), TRAIN)
-    split = np.where(size == 1, TRAIN, np.where(size == 2, of_two, split))
+    count = np.bincount(home, minlength=num_classes).astype(np.int32)
+    place = home[order]
+    rank = np.arange(len(home), dtype=np.int32) - (np.cumsum(count, dtype=np.int32) - count)[place]
+    held = np.minimum(MAX_HELD_OUT_GROUPS, np.maximum(1, count // 10)).astype(np.int32)
+    held[count == 1] = 0
+    first, second = rank < held[place], rank < 2 * held[place]
+    # Of two groups one is held out: for val or for test, by a hash of the class, so that both get their share.
+    class_key = keyed_hash(derive(seed_key(seed), _TAG_CLASS), np.arange(num_classes, dtype=np.uint64))
+    of_two = np.where(class_key & np.uint64(1), TEST, VAL).astype(np.int8)[place]
+    pair = count[place] == 2
+    split = np.full(len(home), TRAIN, dtype=np.int8)
+    split[second & ~pair] = TEST
+    split[first] = VAL
+    split[first & pair] = of_two[first & pair]
     result = np.empty(len(home), dtype=np.int8)
     result[order] = split
     return result
