@@ -267,6 +267,17 @@ def test_a_tar_with(root: Path, what: str) -> None:
     assert codes(root) == {code}
 
 
+def test_extended_headers_that_the_index_knows_of(built: Path) -> None:
+    data = retar(with_pax)((built / files_of(built)["tar"]).read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        offsets = {member.name: member.offset_data for member in tar}
+    rows = open_snapshot(built).index(1).to_pylist()
+    index = [{**row, "offset": offsets[f"{row['key']}.{row['format']}"]} for row in rows]
+    findings = Findings()
+    check_tar(data, pa.Table.from_pylist(index, schema=schema.INDEX), "x", findings)
+    assert {finding.code for finding in findings.all()} == {Code.TAR}
+
+
 INDEXES: dict[str, tuple[dict[str, Any], set[Code]]] = {
     "width": ({"width": 1}, {Code.IMAGE}),
     "mode": ({"mode": "L"}, {Code.IMAGE}),
