@@ -88,7 +88,7 @@ def leaf_of(parts: dict[str, tuple[int, ...]], value: int) -> str:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_one_sample_more_or_less_touches_one_leaf(seed: int) -> None:
-    """B3: all that changes lies below the coarser of the two leaves that hold the sample: grown, shrunk, split, merged."""
+    """B3: all that changes lies below the coarser of the two leaves that hold the sample."""
     hashes = sorted_hashes(400, seed)
     gone = int(np.random.default_rng(seed).integers(0, 400))
     larger, smaller = divide(hashes), divide(np.delete(hashes, gone))
