@@ -172,7 +172,7 @@ def _tell_build(summary: BuildSummary, snapshot: Snapshot, echo: Echo) -> None:
     state = f"snapshot {summary.number}" if summary.changed else f"nothing changed, snapshot {summary.number} stands"
     echo(f"      {state} in {summary.elapsed_s:.0f} s: {summary.num_images:,} images in {summary.num_classes} classes")
     echo(f"      {summary.num_rejects} files turned away, each with its reason: {rejects}")
-    echo("      and four manifests, each a number per class that says how often an epoch draws it:")
+    echo(f"      {len(snapshot.manifests)} manifests, each a number per class that says how often an epoch draws it:")
     for name in snapshot.manifests:
         targets = snapshot.manifest(name).targets
         echo(f"        {name:<13}{targets.sum():>6,} draws an epoch, {targets.min()} to {targets.max()} of a class")
@@ -274,5 +274,5 @@ def _tell_next(root: Path, elapsed_s: float, echo: Echo) -> None:
     echo(f"  evenshard stats {quoted} --split train      # the tail, class by class")
     echo(f"  evenshard stats {quoted} --rejects          # what was turned away, and why")
     echo(f"  evenshard manifests {quoted}                # draws, distinct images, largest repeat")
-    echo(f"  evenshard manifest {quoted} root2 --policy power:alpha=0.5")
+    echo(f"  evenshard manifest {quoted} square-root --policy power:alpha=0.5")
     echo(f"  python -c {shlex.quote(snippet)}")
