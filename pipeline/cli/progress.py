@@ -24,6 +24,7 @@ from rich.text import Text
 LINE_EVERY_S = 5.0
 _VERBS = {
     "list": "listing the source",
+    "start": "starting Ray",
     "read": "reading images",
     "settle": "settling duplicates and splits",
     "tables": "writing tables and manifests",
@@ -82,7 +83,7 @@ class Reporter:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._stage_start_s, self._last_line_s, self._first_done = stage, now, now, done
-            if stage in ("list", "read", "export"):
+            if stage in ("list", "start", "read", "export"):
                 told = f" ({total:,})" if total else ""
                 click.echo(f"{_VERBS.get(stage, stage)}{told}", err=True)
             return

@@ -212,9 +212,10 @@ class _Work:
 
         waiting = pending()
         first = next(waiting, None)
-        self._notify(stage, done, total)
         if first is not None:
-            for item in self._engine().map(function, chain([first], waiting)):
+            engine = self._engine()
+            self._notify(stage, done, total)
+            for item in engine.map(function, chain([first], waiting)):
                 if isinstance(item, UnitRecord):
                     finished[item.digest] = item
                 else:
@@ -227,6 +228,7 @@ class _Work:
         if self._started is None:
             from pipeline.ingest.engine import Engine
 
+            self._notify("start", 0, 0)
             self._started = self._open.enter_context(Engine(address=self._config.address, workers=self._config.workers))
         return self._started
 
