@@ -121,7 +121,7 @@ def export_tars(
     missing = [shard for shard, name in enumerate(names) if not store.exists(name)]
     done = plan.num_draws - sum(stop - start for start, stop in map(plan.bounds, missing))
     if missing:
-        units = ((names[shard], (plan, shard, str(dest))) for shard in missing)
+        units = ((names[shard], (plan, shard, store.root)) for shard in missing)
         with Engine(address=address, workers=workers) as engine:
             for count in engine.map(write_shard, units):
                 done += count

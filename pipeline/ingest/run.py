@@ -208,7 +208,7 @@ class _Work:
                     finished[unit.digest] = record
                     done += unit.members.num_rows
                     continue
-                yield unit.name, (self._config.root, unit, *rest)
+                yield unit.name, (self._store.root, unit, *rest)
 
         waiting = pending()
         first = next(waiting, None)
