@@ -1,4 +1,4 @@
-"""Two kinds of storage behind one protocol. Paths are relative to the root and already checked; errors are raw."""
+"""What a kind of storage must do; a directory. Paths are relative to the root and already checked; errors are raw."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from pipeline.errors import MissingExtraError, StoreError, UsageError
-from pipeline.store.messages import redact
+from pipeline.errors import StoreError
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not block the reader
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -194,98 +192,6 @@ class LocalBackend:
                 os.mkdir(directory)
             _fsync(parent)  # also if another process made it: that one may die before its own fsync
         self._durable.add(directory)
-
-
-class RemoteBackend:
-    """An object store, or any other fsspec file system. Creation is a conditional write (S3: ``If-None-Match: *``)."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._process = os.getpid()
-        self._filesystem, self.root = _connect(url)
-
-    def read(self, path: str) -> bytes:
-        return self._fs().cat_file(self._at(path))
-
-    def read_range(self, path: str, offset: int, length: int) -> bytes:
-        return self._fs().cat_file(self._at(path), start=offset, end=offset + length) if length else b""
-
-    def size(self, path: str) -> int | None:
-        try:
-            found = self._fs(fresh=True).info(self._at(path))
-        except FileNotFoundError:
-            return None
-        return int(found["size"]) if found["type"] == "file" else None
-
-    def list(self, prefix: str) -> list[str]:
-        try:
-            found = self._fs(fresh=True).find(self._at(prefix) if prefix else self.root)
-        except FileNotFoundError:
-            return []
-        return sorted(name[len(self.root) + 1 :] for name in found)
-
-    def top_names(self) -> list[str] | None:
-        try:
-            found = self._fs(fresh=True).ls(self.root, detail=False)
-        except FileNotFoundError:
-            return None
-        if found == [self.root]:  # what fsspec answers for a file
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
-
-    def make_root(self) -> None:
-        path = f"staging/{uuid.uuid4().hex}"
-        self.replace(path, b"")
-        self.remove(path)
-
-    def create(self, path: str, data: bytes) -> None:
-        self._fs().pipe_file(self._at(path), data, mode="create")
-
-    def create_from(self, path: str, local_file: str) -> None:
-        self._fs().put_file(local_file, self._at(path), mode="create")
-        remove_if_there(local_file)
-
-    def settle(self, path: str) -> None:
-        """An object that can be seen is durable."""
-
-    def replace(self, path: str, data: bytes) -> None:
-        self._fs().pipe_file(self._at(path), data)
-
-    def remove(self, path: str) -> None:
-        self._fs().rm_file(self._at(path))
-
-    def staging_dir(self) -> str:
-        return tempfile.mkdtemp(prefix="evenshard-")
-
-    def creates_atomically(self) -> bool:
-        """False where fsspec would only look first and then write: of two builds both could win."""
-        from fsspec.spec import AbstractFileSystem
-
-        filesystem = self._fs()
-        return bool(filesystem.async_impl) or type(filesystem).pipe_file is not AbstractFileSystem.pipe_file
-
-    def _at(self, path: str) -> str:
-        return f"{self.root}/{path}"
-
-    def _fs(self, *, fresh: bool = False) -> Any:
-        if self._process != os.getpid():  # an event loop does not survive a fork
-            self._filesystem, _ = _connect(self._url)
-            self._process = os.getpid()
-        if fresh:
-            self._filesystem.invalidate_cache()  # a cached listing would hide what another build wrote
-        return self._filesystem
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    import fsspec.core
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise MissingExtraError(f"cannot open {redact(url)}: {error}; for S3: pip install 'evenshard[s3]'") from error
-    except ValueError as error:
-        raise UsageError(f"cannot open {redact(url)}: {redact(str(error))}") from None
-    return filesystem, str(root).rstrip("/")
 
 
 def open_regular(path: str) -> int:

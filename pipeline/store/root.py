@@ -15,8 +15,9 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.schema import snapshot_path
-from pipeline.store.backends import Backend, LocalBackend, RemoteBackend, remove_if_there
+from pipeline.store.backends import Backend, LocalBackend, remove_if_there
 from pipeline.store.messages import RESTORE, explain, redact
+from pipeline.store.remote import RemoteBackend, Traffic
 
 LAYOUT = frozenset({"snapshots", "shards", "index", "tables", "manifests", "reports", "runs", "pins", "staging"})
 """The top-level names of a ROOT. ``staging`` is made first, so even the ROOT of a killed first build has it."""
@@ -142,6 +143,11 @@ class Store:
         """A new local directory for temporary files, below ROOT/staging where ROOT is local. The caller removes it."""
         with self.explained("write to", "staging"):
             return self._backend.staging_dir()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What reading the contents of remote files has cost this process; nothing is counted on a local ROOT."""
+        return self._backend.traffic if isinstance(self._backend, RemoteBackend) else Traffic()
 
     def creates_atomically(self) -> bool:
         """Whether this kind of storage has an atomic create at all; whether it honours it, ``ingest.commit`` probes."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import xxhash
 
-from pipeline.errors import IntegrityError, UsageError
+from pipeline.errors import IntegrityError, NotFoundError, UsageError
 from pipeline.store.backends import open_regular, read_fully
 from pipeline.store.messages import RESTORE
 from pipeline.store.root import Store
 
 OPEN_FILES = 256
 """Files a reader keeps open: a quarter of the usual limit of 1,024, and 64 GB of full shards."""
+
+ShardRange = tuple[str, int, int]
+"""``(tar_path, offset, size)``: where the bytes of one image lie."""
 
 
 class ShardReader:
@@ -34,17 +38,29 @@ class ShardReader:
 
     def read(self, tar_path: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes, not yet verified."""
-        if not self.store.is_local:
-            return self.store.read_range(tar_path, offset, size)
-        with self.store.explained("read", tar_path):
-            descriptor = self._descriptor(tar_path)  # held until it was read: another thread may drop it from the cache
-            data = read_fully(descriptor.number, offset, size)
+        with vanishing(tar_path):
+            if not self.store.is_local:
+                return self.store.read_range(tar_path, offset, size)
+            with self.store.explained("read", tar_path):
+                descriptor = self._descriptor(tar_path)  # held until it was read: another thread may drop it
+                data = read_fully(descriptor.number, offset, size)
         if len(data) != size:
             raise IntegrityError(
                 f"{tar_path} in {self.store.url} is cut short: expected {size} bytes at offset {offset}, "
                 f"found {len(data)}; {RESTORE}"
             )
         return data
+
+    def read_many(self, requests: Sequence[ShardRange], checksums: Sequence[int] | None = None) -> list[bytes]:
+        """``read`` of each. The kernel hears of all of them first, so a cold disk works on many at once.
+
+        Nothing is verified here; readers that keep what they fetched use ``checksums`` (XXH3-64) on arrival.
+        """
+        if self.store.is_local:
+            for tar_path, offset, size in requests:
+                with vanishing(tar_path), self.store.explained("read", tar_path):
+                    os.posix_fadvise(self._descriptor(tar_path).number, offset, size, os.POSIX_FADV_WILLNEED)
+        return [self.read(*request) for request in requests]
 
     def _descriptor(self, tar_path: str) -> _Descriptor:
         """It stays open as long as the caller holds it."""
@@ -59,6 +75,18 @@ class ShardReader:
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return found
+
+
+@contextmanager
+def vanishing(tar_path: str) -> Generator[None]:
+    """A shard that a snapshot names is gone: say how that is kept from happening."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{error} (shard {tar_path} vanished while it was in use: if a clean-up removed it, build again, and keep "
+            f"snapshots in training with `evenshard pin`)"
+        ) from None
 
 
 class _Descriptor:
