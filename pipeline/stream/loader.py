@@ -1,6 +1,7 @@
 """The loaders: which positions make the next batch, where training stands, and how to go on from there.
 
-Comes in: a manifest and a batch size per rank. Goes out: batches, and a state of five small values.
+Comes in: a manifest and a batch size per rank. Goes out: batches, and a state of five small values. docs/TRAINING.md
+shows both loaders in PyTorch, Lightning, Accelerate, Hugging Face Trainer and fastai.
 
 Global step s takes G = batch size x ranks positions of the manifest's endless sequence; rank r takes its slice of them.
 
@@ -15,10 +16,11 @@ batches that were not handed out yet, or, with another global batch, with exactl
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from pipeline.keyed import derive, keyed_hash, permute, seed_key
 from pipeline.plan.epoch import EPOCH_RULE, EpochFunction
 from pipeline.snapshot import Manifest, Snapshot
 from pipeline.stream.batches import BatchReader, Rows
+from pipeline.stream.damage import Repaired, Replacement
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
 
@@ -40,6 +43,9 @@ Batch = tuple[Any, ...]
 """``(images, labels)``, with ``Details`` or a mask as third: images ``[B, C, H, W]`` or bytes, labels int64 ``[B]``."""
 
 
+OnDamage = Literal["raise", "replace"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Details:
     """Where each row of a batch comes from."""
@@ -47,6 +53,7 @@ class Details:
     positions: torch.Tensor  # int64 [B]: place in the endless sequence
     keys: list[str]  # 16 hex digits each, as in the shards
     repeats: torch.Tensor  # int64 [B]: how often this image was drawn before, since position 0
+    replaced: torch.Tensor  # bool [B]: whether this image stands in for a damaged one, see ``on_damage``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +100,19 @@ class Loader:
         decode: bool = True,
         details: bool = False,
         prefetch: int | None = None,
+        pin_memory: bool = False,
+        on_damage: OnDamage = "raise",
     ) -> None:
-        """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches ahead per thread (2).
+        """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches made ahead by each of them (2).
 
         ``transform(image)`` or ``transform(image, draw)`` makes tensors of equal shape from uint8 ``[C, H, W]``; the
         default is a random 224 x 224 crop, perhaps mirrored. ``decode=False`` yields the images' bytes as they lie in
-        the shards.
+        the shards. ``pin_memory`` puts images and labels into page-locked memory, where CUDA is available; elsewhere it
+        does nothing, so one script runs on both.
+
+        ``on_damage="replace"`` gives the place of an image that cannot be read or decoded to the next other image of
+        its class, by the order of draws: the label, and all other rows, stay. ``num_replaced`` counts such rows, and a
+        warning names each damaged image once. A file that is missing, and a damaged table, still raise.
         """
         self._topology = Topology.resolve(rank, world_size)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
@@ -108,15 +122,23 @@ class Loader:
         self.manifest = manifest
         self._plan = EpochFunction(manifest.pool, manifest.targets, self._seed)
         self._refuse_small_epoch()
+        reader = _reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224))
+        class_starts = manifest.snapshot.class_starts(manifest.split)
+        samples = manifest.snapshot.samples(manifest.split)
         self._builder = _DrawnBatches(
             plan=self._plan,
-            reader=_reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224)),
-            class_starts=manifest.snapshot.class_starts(manifest.split),
+            reader=reader,
+            replacement=Replacement(reader, samples, self._plan, class_starts) if _replaces(on_damage) else None,
+            class_starts=class_starts,
             augment=derive(seed_key(self._seed), _AUGMENT),
             first=self._topology.rank * self._batch_size,
             batch_size=self._batch_size,
             details=details,
+            pin_memory=pin_memory,
         )
+        self.num_replaced = 0
+        """Rows handed out that stand in for damaged images, since this loader was made."""
+        self._warned_of: set[int] = set()
         # The state: samples consumed over all ranks, and whether that place is where the next iter() starts (True) or
         # lies inside an epoch that an iterator has begun (False).
         self._consumed = 0
@@ -199,9 +221,13 @@ class Loader:
     def _live(self) -> _Steps | None:
         return self._current() if self._current else None
 
-    def _handed_out(self, steps: _Steps) -> None:
+    def _handed_out(self, steps: _Steps, built: _Built) -> None:
         self._consumed += self._global_batch
         self._at_start = steps.num_left == 0
+        self.num_replaced += built.num_replaced
+        for row in built.damage.keys() - self._warned_of:
+            self._warned_of.add(row)
+            warnings.warn(f"replaced by another image of its class: {built.damage[row]}", stacklevel=3)
 
     def _ended(self, steps: _Steps) -> None:
         if self._live() is steps:
@@ -220,7 +246,7 @@ class Loader:
 class _Steps(Iterator[Batch]):
     """What ``iter()`` returns. It holds its loader, the loader holds it weakly: so leaving a loop ends its threads."""
 
-    def __init__(self, loader: Loader, batches: Prefetch[Batch], *, epoch: int, num_steps: int) -> None:
+    def __init__(self, loader: Loader, batches: Prefetch[_Built], *, epoch: int, num_steps: int) -> None:
         self.epoch = epoch
         self.num_steps = num_steps
         self.num_left = num_steps
@@ -237,10 +263,10 @@ class _Steps(Iterator[Batch]):
         if not self.num_left:
             self._loader._ended(self)  # pyright: ignore[reportPrivateUsage]
             raise StopIteration
-        batch = next(self._batches)
+        built = next(self._batches)
         self.num_left -= 1
-        self._loader._handed_out(self)  # pyright: ignore[reportPrivateUsage]
-        return batch
+        self._loader._handed_out(self, built)  # pyright: ignore[reportPrivateUsage]
+        return built.batch
 
     def close(self) -> None:
         """End the threads; advancing again is an error, except after the last batch."""
@@ -249,38 +275,59 @@ class _Steps(Iterator[Batch]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Built:
+    """A batch, and what its loader tells of it when it is handed out."""
+
+    batch: Batch
+    num_replaced: int
+    damage: dict[int, str]  # of replaced images, by sample row
+
+
+@dataclass(frozen=True, kw_only=True)
 class _DrawnBatches:
     """One rank's batch of the global step that starts at a position. Called by threads; holds no state that moves."""
 
     plan: EpochFunction
     reader: BatchReader
+    replacement: Replacement | None
     class_starts: np.ndarray[Any, np.dtype[np.int64]]
     augment: int
     first: int  # of our slice in the global batch
     batch_size: int
     details: bool
+    pin_memory: bool
 
-    def batch(self, start: int) -> Batch:
-        rows = self._rows(start + self.first)
-        batch = (self.reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)))
-        return (*batch, self._details(rows)) if self.details else batch
+    def batch(self, start: int) -> _Built:
+        made = self._images(start + self.first)
+        labels = torch.from_numpy(made.rows.class_id.astype(np.int64))
+        batch = _pinned(made.images, labels) if self.pin_memory else (made.images, labels)
+        return _Built(
+            batch=(*batch, self._details(made)) if self.details else batch,
+            num_replaced=int(made.replaced.sum()),
+            damage=made.damage,
+        )
 
-    def _rows(self, begin: int) -> Rows:
+    def _images(self, begin: int) -> Repaired:
         drawn = self.plan.draws(begin, begin + self.batch_size)
         ordinal, repeat = self.plan.images(drawn.class_id, drawn.draw)
-        return Rows(
+        rows = Rows(
             row=self.class_starts[drawn.class_id] + ordinal,
             class_id=drawn.class_id,
             position=np.arange(begin, begin + self.batch_size),
             repeat=repeat,
             key=keyed_hash(keyed_hash(self.augment, drawn.class_id), drawn.draw),
         )
+        if self.replacement is not None:
+            return self.replacement.images(rows, drawn.draw)
+        none = np.zeros(self.batch_size, dtype=np.bool_)
+        return Repaired(rows=rows, images=self.reader.images(rows), replaced=none, damage={})
 
-    def _details(self, rows: Rows) -> Details:
+    def _details(self, made: Repaired) -> Details:
         return Details(
-            positions=torch.from_numpy(rows.position),
-            keys=self.reader.keys(rows.row),
-            repeats=torch.from_numpy(rows.repeat),
+            positions=torch.from_numpy(made.rows.position),
+            keys=self.reader.keys(made.rows.row),
+            repeats=torch.from_numpy(made.rows.repeat),
+            replaced=torch.from_numpy(made.replaced),
         )
 
 
@@ -303,11 +350,16 @@ class EvaluationLoader:
         world_size: int | None = None,
         workers: int = 0,
         prefetch: int | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        """As for ``Loader``; the default transform is the central 224 x 224 of the image scaled to 256."""
+        """As for ``Loader``; the default transform is the central 224 x 224 of the image scaled to 256.
+
+        A damaged image always raises: a score over other images than the split's would be no score of the split.
+        """
         self._topology = Topology.resolve(rank, world_size)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
         self._threads, self._ahead = _concurrency(workers, prefetch)
+        self._pin_memory = pin_memory
         self._class_starts = snapshot.class_starts(split)
         self._num_samples = int(self._class_starts[-1])
         if not self._num_samples:
@@ -327,7 +379,8 @@ class EvaluationLoader:
         position = start + self._topology.rank * self._batch_size + np.arange(self._batch_size)
         rows = self._rows(position)
         mask = torch.from_numpy(position < self._num_samples)
-        return self._reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)), mask
+        batch = self._reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)), mask
+        return _pinned(*batch) if self._pin_memory else batch
 
     def _rows(self, position: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         key, size = derive(seed_key(0), _EVALUATION_ORDER), np.full_like(position, self._num_samples)
@@ -342,6 +395,19 @@ def _reader(
     if not decode and transform is not None:
         raise UsageError("decode=False hands out bytes, so transform is never called: drop one of the two")
     return BatchReader(snapshot, split, (transform or default) if decode else None)
+
+
+def _pinned(*parts: Any) -> Batch:
+    """In page-locked memory, for copies to the GPU that run while it computes; as they are where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return parts
+    return tuple(part.pin_memory() if isinstance(part, torch.Tensor) and part.is_cpu else part for part in parts)
+
+
+def _replaces(on_damage: Any) -> bool:
+    if on_damage not in ("raise", "replace"):
+        raise UsageError(f"on_damage must be 'raise' or 'replace', got {on_damage!r}")
+    return on_damage == "replace"
 
 
 def _concurrency(workers: int, prefetch: int | None) -> tuple[int, int]:

@@ -3,21 +3,28 @@
 Comes in: a function and the arguments to call it with. Goes out: its results, in the order of the arguments.
 Guarantees: the same results for any number of threads; at most ``ahead`` calls started or done and not yet handed out;
 an exception comes out at the place of its call; dropping or closing the iterator ends its threads, without waiting for
-them; torch spreads none of the calls over further threads.
+them; a call that never returns does not keep the interpreter from ending; torch spreads none of the calls over further
+threads.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+PATIENCE_S = 2.0
+"""How long the interpreter, when it ends, waits for calls that run: a thread that torch holds then may crash it."""
 
 
 class Prefetch(Generic[T]):
@@ -28,10 +35,10 @@ class Prefetch(Generic[T]):
         self._arguments = iter(arguments)
         self._retry: int | None = None
         self._pending: deque[Future[T]] = deque()
-        self._pool = _pool(threads) if threads else None
+        self._pool = _Threads(threads) if threads else None
         if self._pool is not None:
             # Threads hold the function, never this object: so it can be collected, and then they stop.
-            self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+            self._finalizer = weakref.finalize(self, self._pool.stop)
             for _ in range(ahead):
                 self._submit(self._pool)
 
@@ -61,7 +68,7 @@ class Prefetch(Generic[T]):
         self._retry = None
         return result
 
-    def _next_of(self, pool: ThreadPoolExecutor) -> T:
+    def _next_of(self, pool: _Threads) -> T:
         if not self._pending:
             raise StopIteration
         try:
@@ -74,21 +81,79 @@ class Prefetch(Generic[T]):
         self._submit(pool)
         return result
 
-    def _submit(self, pool: ThreadPoolExecutor) -> None:
+    def _submit(self, pool: _Threads) -> None:
         for argument in self._arguments:
             self._pending.append(pool.submit(self._function, argument))
             return
 
 
+class _Threads:
+    """Daemon threads, unlike an executor's: the interpreter joins those when it ends, and one that hangs hangs it."""
+
+    def __init__(self, threads: int) -> None:
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        torch_threads = torch.get_num_threads()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._calls, torch_threads), name=f"evenshard_{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        _all_threads.add(self)
+
+    def submit(self, function: Callable[[int], T], argument: int) -> Future[T]:
+        """The result to come."""
+        future: Future[T] = Future()
+        self._calls.put((future, function, argument))
+        return future
+
+    def stop(self) -> None:
+        """Drop the calls not begun, and end each thread after the one it runs."""
+        try:
+            while True:
+                self._calls.get_nowait()
+        except Empty:
+            for _ in self._threads:
+                self._calls.put(None)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the threads, until ``time.monotonic()`` is ``deadline`` at most."""
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+_Call = tuple[Future[Any], Callable[[int], Any], int]
+_all_threads: weakref.WeakSet[_Threads] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    for threads in list(_all_threads):
+        threads.stop()
+    for threads in list(_all_threads):
+        threads.join(deadline)
+
+
+def _work(calls: SimpleQueue[_Call | None], torch_threads: int) -> None:
+    _run_single(torch_threads)
+    while (call := calls.get()) is not None:
+        _answer(*call)
+        del call  # or the last batch would live until the next call comes
+
+
+def _answer(future: Future[Any], function: Callable[[int], Any], argument: int) -> None:
+    try:
+        result = function(argument)
+    except BaseException as error:
+        future.set_exception(error)  # for the thread that asked; this one goes on
+    else:
+        future.set_result(result)
+
+
 # One image is too little work to share: torch with two threads of its own took 5.5 ms of processor time for a crop and
 # resize that takes one thread 0.4 ms, on busy cores. So ours run single, and only ours.
 _starting = threading.Lock()
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        threads, thread_name_prefix="evenshard", initializer=_run_single, initargs=(torch.get_num_threads(),)
-    )
 
 
 def _run_single(torch_threads: int) -> None:
