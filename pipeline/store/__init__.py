@@ -9,12 +9,14 @@ Guarantees:
 
 Inside, in this order:
     messages.py    errno -> advice; redaction
-    backends.py    a directory; any other fsspec file system
+    backends.py    what storage must do; a directory
+    remote.py      any other fsspec file system: reads tried again, counted
     root.py        ``Store``: the one door to both
     checked.py     files by content: references, Arrow tables, block-checked columns
     shards.py      image bytes by offset
 """
 
+from pipeline.store.backends import read_fully
 from pipeline.store.checked import (
     CheckedTable,
     block_digests,
@@ -26,22 +28,28 @@ from pipeline.store.checked import (
     table_to_ipc,
 )
 from pipeline.store.messages import redact
+from pipeline.store.remote import Traffic
 from pipeline.store.root import LAYOUT, Store
-from pipeline.store.shards import ShardReader, check_image, read_image
+from pipeline.store.shards import OPEN_FILES, ShardRange, ShardReader, check_image, read_image, vanishing
 
 __all__ = [
     "LAYOUT",
+    "OPEN_FILES",
     "CheckedTable",
+    "ShardRange",
     "ShardReader",
     "Store",
+    "Traffic",
     "block_digests",
     "check_image",
     "ipc_to_table",
     "make_ref",
     "put_table",
     "read_checked",
+    "read_fully",
     "read_image",
     "redact",
     "sha256_file",
     "table_to_ipc",
+    "vanishing",
 ]

@@ -30,7 +30,7 @@ class ShardReader:
             raise UsageError(f"max_open must be at least 1, not {max_open}")
         self.store = store
         self._max_open = max_open
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()  # least recently used first
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Store, int]]:
@@ -62,14 +62,20 @@ class ShardReader:
                     os.posix_fadvise(self._descriptor(tar_path).number, offset, size, os.POSIX_FADV_WILLNEED)
         return [self.read(*request) for request in requests]
 
-    def _descriptor(self, tar_path: str) -> _Descriptor:
+    def _descriptor(self, tar_path: str) -> OpenFile:
         """It stays open as long as the caller holds it."""
+        found = self._held(tar_path)
+        return found or self._hold(tar_path, open_regular(self.store.local_path(tar_path) or tar_path))
+
+    def _held(self, tar_path: str) -> OpenFile | None:
         with self._lock:
             found = self._open.get(tar_path)
             if found is not None:
                 self._open.move_to_end(tar_path)
-                return found
-        opened = _Descriptor(self.store.local_path(tar_path) or tar_path)
+            return found
+
+    def _hold(self, tar_path: str, descriptor: int) -> OpenFile:
+        opened = OpenFile(descriptor)
         with self._lock:
             found = self._open.setdefault(tar_path, opened)
             if len(self._open) > self._max_open:
@@ -89,16 +95,14 @@ def vanishing(tar_path: str) -> Generator[None]:
         ) from None
 
 
-class _Descriptor:
-    """An open file, closed with its last reference."""
+class OpenFile:
+    """A descriptor, closed with its last reference."""
 
-    def __init__(self, path: str) -> None:
-        self.number = -1
-        self.number = open_regular(path)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        os.close(self.number)
 
 
 def read_image(
