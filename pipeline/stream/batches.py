@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.images import ImageRejected, decode_rgb
+from pipeline.images import ImageRejected, decode_crop, decode_rgb
 from pipeline.schema import tar_path
 from pipeline.snapshot import Snapshot
-from pipeline.store import ShardReader, read_image
-from pipeline.stream.transforms import Draw, Transform, adapt
+from pipeline.store import ShardReader, check_image
+from pipeline.stream.transforms import Draw, Planned, Transform, adapt, planned, uniforms
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,11 +52,14 @@ class BatchReader:
         self._shards = ShardReader(snapshot.store)
         self._tars = [tar_path(sha256) for sha256 in snapshot.shards["tar_sha256"].to_pylist()]
         self._transform = None if transform is None else adapt(transform)
+        self._planned = None if transform is None else planned(transform)
 
     def images(self, rows: Rows) -> torch.Tensor | list[bytes]:
         """The batch, in the order of ``rows``."""
         data = self._read(rows.row)
-        return data if self._transform is None else self._stack(rows, data)
+        if self._transform is None:
+            return data
+        return self._crops(self._planned, rows, data) if self._planned else self._stack(rows, data)
 
     def keys(self, row: NDArray[np.int64]) -> list[str]:
         """The key of each sample: 16 hex digits, its name in the shard."""
@@ -72,15 +77,25 @@ class BatchReader:
         return self._keys[shard]
 
     def _read(self, row: NDArray[np.int64]) -> list[bytes]:
-        shard, offset, size, checksum = (
-            self._samples.take(name, row).tolist() for name in ("shard", "offset", "size", "checksum")
-        )
-        return [
-            read_image(
-                self._shards, self._tars[shard[i]], offset[i], size[i], checksum[i], lambda i=i: self._name(row[i])
-            )
-            for i in range(len(row))
-        ]
+        columns = (self._samples.take(name, row).tolist() for name in ("shard", "offset", "size", "checksum"))
+        images: list[bytes] = []
+        for shard, offset, size, checksum in zip(*columns, strict=True):  # 60,000 times a second: no call to spare
+            data = self._shards.read(self._tars[shard], offset, size)
+            if xxhash.xxh3_64_intdigest(data) != checksum:
+                check_image(data, checksum, self._tars[shard], offset, self._name(row[len(images)]))
+            images.append(data)
+        return images
+
+    def _crops(self, transform: Planned, rows: Rows, data: list[bytes]) -> torch.Tensor:
+        """Every crop decoded straight into its place of one uint8 batch, channels last in memory."""
+        batch = np.empty((len(data), transform.size, transform.size, 3), dtype=np.uint8)
+        uniform = uniforms(rows.key, transform.num_uniform)
+        for i, image in enumerate(data):
+            try:
+                decode_crop(image, partial(transform.plan, uniform=uniform[i]), batch[i])
+            except ImageRejected as rejected:
+                raise IntegrityError(self._undecodable(rows.row[i], rejected)) from rejected
+        return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
     def _stack(self, rows: Rows, data: list[bytes]) -> torch.Tensor:
         """Every image straight into its place of one tensor; the first decides shape, type and memory layout."""
