@@ -6,11 +6,16 @@ import gc
 import json
 import math
 import random
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,10 @@ from torchvision.transforms import v2
 
 import pipeline
 from pipeline.errors import IntegrityError, StateError, UsageError
-from pipeline.schema import index_path, tar_path
+from pipeline.images import ImageRejected
+from pipeline.schema import Reason, index_path, table_path, tar_path
 from pipeline.snapshot import Snapshot
+from pipeline.stream import batches
 from pipeline.stream.loader import Details, EvaluationLoader, Loader, Topology
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.transforms import Draw
@@ -335,6 +342,18 @@ def test_len_is_the_number_of_steps_of_the_iterator_at_hand(snapshot: Snapshot) 
         assert lengths == [expected] * expected
 
 
+def test_step_and_num_steps_tell_where_in_the_whole_epoch_training_stands(snapshot: Snapshot) -> None:
+    loader = loader_of(snapshot, batch_size=42)  # steps at 0, 42, 84 | 126, 168 | 210, 252; epochs end at 93, 186, 279
+    assert (loader.epoch, loader.step, loader.num_steps) == (0, 0, 3)
+    found = [(loader.epoch, loader.step, loader.num_steps) for _ in range(3) for _ in loader]
+    assert found == [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]
+    for consumed, expected in ((168, (1, 1, 2, 1)), (252, (2, 1, 2, 1)), (279, (3, 0, 3, 3))):
+        loader.load_state_dict({**loader.state_dict(), "consumed": consumed})
+        assert (loader.epoch, loader.step, loader.num_steps, len(loader)) == expected
+    next(iter(loader))  # and leave
+    assert (loader.epoch, loader.step, loader.num_steps) == (4, 0, 2)
+
+
 def test_an_epoch_smaller_than_one_global_batch_is_refused(snapshot: Snapshot) -> None:
     with pytest.raises(UsageError, match=r"'natural' draws 93 .* global batch of 94 \(batch_size 47 x world_size 2\)"):
         loader_of(snapshot, batch_size=47, rank=0, world_size=2)
@@ -405,6 +424,154 @@ def test_damage_is_named_even_where_the_index_is_damaged_too(snapshot: Snapshot,
         path.write_bytes(bytes(row["tar_size"]))
     with pytest.raises(IntegrityError, match=r"number \d+ of shard \d+ .*index.* in shards/.* at offset \d+"):
         next(iter(loader_of(damaged, details=False)))
+
+
+# ---- Damage, replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged:
+    """A copy of the snapshot in which these keys, of classes 0, 1 and 3, are damaged, each in its own way."""
+
+    snapshot: Snapshot
+    keys: list[str]
+    rows: list[int]  # of the sample table
+
+
+@pytest.fixture(scope="module")
+def damaged(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Damaged:
+    root = tmp_path_factory.mktemp("damaged") / "root"
+    shutil.copytree(snapshot.store.url, root)
+    starts, samples = snapshot.class_starts("train"), snapshot.samples("train")
+    rows = [int(starts[0]) + 7, int(starts[0]) + 8, int(starts[1]) + 3, int(starts[3]) + 1]
+    keys = []
+    for row in rows:
+        shard, place = int(samples.take("shard", [row])[0]), int(samples.take("row", [row])[0])
+        victim = snapshot.index(shard).to_pylist()[place]
+        flip(root / tar_path(snapshot.shards["tar_sha256"][shard].as_py()), victim["offset"] + victim["size"] // 2)
+        keys.append(victim["key"])
+    return Damaged(snapshot=pipeline.open_snapshot(root), keys=keys, rows=rows)
+
+
+def replacing(damaged: Damaged, name: str = "balanced", batch_size: int = 10, **options: Any) -> Loader:
+    return loader_of(damaged.snapshot, name, batch_size, on_damage="replace", **options)
+
+
+@pytest.mark.filterwarnings("ignore:replaced by another image")
+def test_a_damaged_image_gives_way_to_the_next_other_one_of_its_class(snapshot: Snapshot, damaged: Damaged) -> None:
+    loader, healthy = replacing(damaged, transform=noisy), loader_of(snapshot, "balanced", transform=noisy)
+    found = [row for _ in range(2) for batch in loader for row in rows_of(batch)]
+    later = [row for _ in range(6) for batch in healthy for row in rows_of(batch)]
+    for i, ((pixels, label, position, key, repeat), asked) in enumerate(zip(found, later, strict=False)):
+        if asked[3] not in damaged.keys:
+            assert (pixels, label, position, key, repeat) == asked
+            continue
+        stand_in = next(row for row in later[i + 1 :] if row[1] == label and row[3] not in damaged.keys)
+        assert (label, position, key, repeat) == (asked[1], asked[2], *stand_in[3:])
+        assert pixels[:3] == stand_in[0][:3]  # the other image
+        assert (pixels[3:5], pixels[6:]) == (asked[0][3:5], asked[0][6:])  # with the randomness of this draw
+    assert loader.num_replaced == sum(asked[3] in damaged.keys for asked in later[: len(found)]) > 5
+
+
+@pytest.mark.filterwarnings("ignore:replaced by another image")
+def test_replaced_rows_are_counted_as_they_are_handed_out_and_marked(snapshot: Snapshot, damaged: Damaged) -> None:
+    loader = replacing(damaged, workers=2, prefetch=4)
+    total = 0
+    for (_, _, details), (_, _, asked) in zip(loader, loader_of(snapshot, "balanced"), strict=True):
+        assert details.replaced.tolist() == [key in damaged.keys for key in asked.keys]
+        total += int(details.replaced.sum())
+        assert loader.num_replaced == total
+
+
+@pytest.mark.filterwarnings("ignore:replaced by another image")
+def test_replacements_are_the_same_on_any_topology_and_after_a_resume(damaged: Damaged) -> None:
+    def make(workers: int) -> Callable[..., Loader]:
+        return lambda **options: replacing(damaged, transform=noisy, workers=workers, **options)
+
+    expected, *others = (global_batches(make(workers), ranks, epochs=3) for ranks, workers in TOPOLOGIES)
+    assert all(found == expected for found in others)
+    state = state_after(make(2)(batch_size=42), 4)
+    assert global_batches(make(1), 3, epochs=2, state=state) == expected[4:]
+
+
+def test_a_warning_names_shard_and_key_of_each_damaged_image_once(damaged: Damaged) -> None:
+    loader = replacing(damaged, workers=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            list(loader)
+    messages = [str(warning.message) for warning in caught]
+    assert all(sum(key in message for message in messages) == 1 for key in damaged.keys)
+    assert len(messages) == len(damaged.keys)
+    assert all(re.search(r"replaced by .* image [0-9a-f]{16} .* in shards/.* at offset \d+", m) for m in messages)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_an_image_that_cannot_be_decoded_is_replaced_where_it_is_decoded(
+    snapshot: Snapshot, decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = next(one_by_one(snapshot))[0]
+    refuse(monkeypatch, bad)
+    transform = first_pixels if decode else None
+    loader = Loader(snapshot.manifest("natural"), 31, decode=decode, transform=transform, on_damage="replace")
+    with pytest.warns(UserWarning, match="cannot be decoded") if decode else nullcontext():
+        images = [image for batch, _ in loader for image in batch]
+    assert loader.num_replaced == decode
+    assert decode or bad in images
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, bad: bytes) -> None:
+    """Let decoding these bytes fail, whichever decoder is asked."""
+    decode_rgb = batches.decode_rgb
+
+    def decode(data: bytes, *args: Any, **options: Any) -> Any:
+        if data == bad:
+            raise ImageRejected(Reason.CORRUPT, "broken for this test")
+        return decode_rgb(data, *args, **options)
+
+    monkeypatch.setattr(batches, "decode_rgb", decode)
+
+
+def test_the_only_image_of_a_class_cannot_be_replaced(snapshot: Snapshot, tmp_path: Path) -> None:
+    shutil.copytree(snapshot.store.url, tmp_path / "root")
+    for row in snapshot.shards.to_pylist():
+        path = tmp_path / "root" / tar_path(row["tar_sha256"])
+        path.chmod(0o644)
+        path.write_bytes(bytes(row["tar_size"]))
+    loader = loader_of(pipeline.open_snapshot(tmp_path / "root"), on_damage="replace")
+    with pytest.raises(
+        IntegrityError, match=r"image [0-9a-f]{16} .*cannot be replaced: its class \d has \d+ other images"
+    ):
+        next(iter(loader))
+
+
+def test_damage_of_the_sample_table_is_never_replaced(snapshot: Snapshot, tmp_path: Path) -> None:
+    shutil.copytree(snapshot.store.url, tmp_path / "root")
+    ref = snapshot.record.samples["train"]
+    flip(tmp_path / "root" / table_path(ref.sha256), ref.size // 2)
+    with pytest.raises(IntegrityError, match=ref.sha256):
+        next(iter(loader_of(pipeline.open_snapshot(tmp_path / "root"), on_damage="replace")))
+
+
+# ---- Pinned memory
+
+
+def test_pin_memory_asks_for_images_and_labels_only_where_there_is_cuda(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    next(iter(loader_of(snapshot, pin_memory=True)))
+    assert pinned == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    next(iter(loader_of(snapshot, pin_memory=True)))
+    next(iter(loader_of(snapshot, pin_memory=True, decode=False, transform=None)))
+    next(iter(EvaluationLoader(snapshot, batch_size=2, transform=first_pixels, pin_memory=True)))
+    assert pinned == [(10, 3, 1, 1), (10,), (10,), (2, 3, 1, 1), (2,), (2,)]
+    next(iter(loader_of(snapshot)))
+    assert len(pinned) == 6
 
 
 # ---- Threads and exceptions
@@ -501,6 +668,28 @@ def test_threads_end_with_the_iterator(snapshot: Snapshot, leave: Callable[[Load
         gc.enable()
 
 
+HANGS = """
+import sys, threading, time
+import torch
+from pipeline.stream.prefetch import Prefetch
+
+began = threading.Event()
+
+def hang(i):
+    began.set()
+    time.sleep(3600)
+
+results = Prefetch(hang, range(9), threads=2, ahead=4)
+began.wait()
+print("ends")
+"""
+
+
+def test_a_transform_that_hangs_does_not_keep_the_interpreter_from_ending() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ends\n", "")
+
+
 def test_at_most_so_many_batches_are_made_ahead() -> None:
     arguments = iter(range(100))
     results = Prefetch(lambda i: i, arguments, threads=2, ahead=5)
@@ -556,6 +745,7 @@ def test_rank_and_world_size_come_from_torch_distributed_where_it_runs(tmp_path:
         ({"rank": 2, "world_size": 2}, "rank must be below world_size, got rank=2, world_size=2"),
         ({"rank": -1, "world_size": 2}, "rank must be a whole number of 0 or more, got -1"),
         ({"prefetch": 2}, "prefetch=2 needs threads"),
+        ({"on_damage": "skip"}, "on_damage must be 'raise' or 'replace', got 'skip'"),
         ({"prefetch": 0, "workers": 1}, "prefetch must be a whole number of 1 or more, got 0"),
         ({"decode": False}, "decode=False hands out bytes"),
         ({"transform": "crop"}, "transform must be callable .* got 'crop'"),

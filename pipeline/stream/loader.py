@@ -46,7 +46,7 @@ Batch = tuple[Any, ...]
 OnDamage = Literal["raise", "replace"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: Lightning, moving a batch to its device, refuses batches that hold such
 class Details:
     """Where each row of a batch comes from."""
 
@@ -151,6 +151,17 @@ class Loader:
         current = self._live()
         return current.epoch if current else self._plan.epoch_of(self._next_start())
 
+    @property
+    def step(self) -> int:
+        """How many steps of ``epoch`` lie before the next batch: 0 at its start, more after a resume in its middle."""
+        return (self._place() - self._plan.epoch_start(self.epoch)) // self._global_batch
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole ``epoch``, from its start, wherever training stands in it."""
+        start = self._plan.epoch_start(self.epoch)
+        return len(self._steps_from(start + (self._place() - start) % self._global_batch))
+
     def __len__(self) -> int:
         """Steps of the iterator being advanced, from where it started; else of the next one."""
         current = self._live()
@@ -199,6 +210,10 @@ class Loader:
             "manifest": self.manifest.digest,
             "seed": self._seed,
         }
+
+    def _place(self) -> int:
+        """The position of the next batch, or where the iterator being advanced has ended."""
+        return self._consumed if self._live() else self._next_start()
 
     def _next_start(self) -> int:
         """The position of the first step of the next ``iter()``: the end of an epoch that was begun, on its lattice."""
