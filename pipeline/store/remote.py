@@ -199,7 +199,7 @@ class RemoteBackend:
 
     def _persistently(self, path: str, read: Callable[[], _Read]) -> _Read:
         begun = time.monotonic()
-        for pause in (*PAUSES, None):
+        for attempts, pause in enumerate((*PAUSES, None), 1):
             try:
                 return read()
             except Exception as error:
@@ -207,15 +207,17 @@ class RemoteBackend:
                     raise
                 spent = time.monotonic() - begun
                 if pause is None or spent + pause > DEADLINE_S:
-                    raise self._gave_up(path, error, spent) from None  # a client's traceback may hold signed URLs
+                    raise self._gave_up(
+                        path, error, attempts, spent
+                    ) from None  # a client's traceback may hold signed URLs
             self._count(num_retries=1)
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _gave_up(self, path: str, error: Exception, spent: float) -> StoreError:
+    def _gave_up(self, path: str, error: Exception, attempts: int, spent: float) -> StoreError:
         cause = redact(f"{type(error).__name__}: {error}".strip(": "))
         return StoreError(
-            f"cannot read {path} in {redact(self._url)}: up to {len(PAUSES) + 1} attempts in {spent:.0f} s failed, the "
+            f"cannot read {path} in {redact(self._url)}: {attempts} attempts in {spent:.0f} s failed, the "
             f"last with {cause}; check the network and the server, then run again"
         )
 

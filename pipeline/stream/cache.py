@@ -2,8 +2,8 @@
 
 Comes in: shards, and images of them, by the SHA-256 of the shard. Goes out: the same, later. Guarantees: a whole shard
 is downloaded at most once per node, and is used only if it has the SHA-256 that names it; a killed process leaves only
-temporaries, which the next one removes; no file is removed that was not made here; the directory stays within its bytes,
-and least recently used goes first.
+temporaries, which the next one removes; no file is removed that was not made here; the directory stays within its
+bytes, and least recently used goes first.
 
     DIR/evenshard-cache     marker: this directory is a cache
     DIR/files/ab/ab12...tar, ab12...-OFFSET-SIZE.img       an image file begins with the XXH3-64 of the rest
