@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from pipeline.images import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, _refusal, decode_rgb, inspect
+from pipeline.images import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, decode_rgb, inspect
+from pipeline.images.pillow import _refusal
 from pipeline.schema import Reason
 
 CHECKS: tuple[Check, ...] = get_args(Check)
