@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import xxhash
 
@@ -38,12 +39,14 @@ class ShardReader:
 
     def read(self, tar_path: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes, not yet verified."""
-        with vanishing(tar_path):
-            if not self.store.is_local:
+        if not self.store.is_local:
+            with vanishing(tar_path):
                 return self.store.read_range(tar_path, offset, size)
-            with self.store.explained("read", tar_path):
-                descriptor = self._descriptor(tar_path)  # held until it was read: another thread may drop it
-                data = read_fully(descriptor.number, offset, size)
+        try:
+            descriptor = self._descriptor(tar_path)  # held until it was read: another thread may drop it
+            data = read_fully(descriptor.number, offset, size)
+        except OSError as error:  # a context manager around every read would cost more than the read
+            self._explain(error, tar_path)
         if len(data) != size:
             raise IntegrityError(
                 f"{tar_path} in {self.store.url} is cut short: expected {size} bytes at offset {offset}, "
@@ -52,15 +55,23 @@ class ShardReader:
         return data
 
     def read_many(self, requests: Sequence[ShardRange], checksums: Sequence[int] | None = None) -> list[bytes]:
-        """``read`` of each. The kernel hears of all of them first, so a cold disk works on many at once.
+        """``read`` of each. The kernel hears first of all that are not in memory, so a disk works on many at once.
 
         Nothing is verified here; readers that keep what they fetched use ``checksums`` (XXH3-64) on arrival.
         """
         if self.store.is_local:
             for tar_path, offset, size in requests:
-                with vanishing(tar_path), self.store.explained("read", tar_path):
-                    os.posix_fadvise(self._descriptor(tar_path).number, offset, size, os.POSIX_FADV_WILLNEED)
+                try:
+                    descriptor = self._descriptor(tar_path)
+                    if _is_cold(descriptor.number, offset):
+                        os.posix_fadvise(descriptor.number, offset, size, os.POSIX_FADV_WILLNEED)
+                except OSError as error:
+                    self._explain(error, tar_path)
         return [self.read(*request) for request in requests]
+
+    def _explain(self, error: OSError, tar_path: str) -> NoReturn:
+        with vanishing(tar_path), self.store.explained("read", tar_path):
+            raise error
 
     def _descriptor(self, tar_path: str) -> OpenFile:
         """It stays open as long as the caller holds it."""
@@ -93,6 +104,17 @@ def vanishing(tar_path: str) -> Generator[None]:
             f"{error} (shard {tar_path} vanished while it was in use: if a clean-up removed it, build again, and keep "
             f"snapshots in training with `evenshard pin`)"
         ) from None
+
+
+_PROBE = bytearray(1)  # what is read into it does not matter
+
+
+def _is_cold(descriptor: int, offset: int) -> bool:
+    """Whether a read would wait for the disk. Asking costs a tenth of advising the kernel of what it has."""
+    try:
+        return not os.preadv(descriptor, [_PROBE], offset, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN, or a file system that cannot tell
+        return True
 
 
 class OpenFile:
