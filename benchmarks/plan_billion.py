@@ -59,7 +59,7 @@ def measure(folder: Path, policy: str) -> None:
     print(f"| {policy} | construct `EpochFunction` | {median_s(lambda: EpochFunction(pool, targets, 0)):.2f} s |")
     for percent in (0, 50, 99):
         print(
-            f"| {policy} | construct, and first batch of {BATCH:,} at {percent} % | {median_s(resume(percent)):.2f} s |",
+            f"| {policy} | construct, and first batch at {percent} % | {median_s(resume(percent)):.2f} s |",
             flush=True,
         )
     plan = EpochFunction(pool, targets, 0)

@@ -100,6 +100,16 @@ def evenshard(case: Case) -> Iterator[Any]:
     return endless(Loader(manifest, BATCH, workers=case.workers, decode=case.decoded))
 
 
+def evenshard_exact(case: Case) -> Iterator[Any]:
+    """Pixels as torchvision's, antialiased."""
+    from pipeline import Loader, open_snapshot
+    from pipeline.stream.transforms import RandomResizedCropFlip
+
+    manifest = open_snapshot(case.at("root")).manifest("even" if case.balanced else "natural")
+    transform = RandomResizedCropFlip(224, quality="exact")
+    return endless(Loader(manifest, BATCH, workers=case.workers, transform=transform))
+
+
 def image_folder(case: Case, transform: Callable[[], Any]) -> Iterator[Any]:
     import torch
     from torch.utils.data import WeightedRandomSampler
@@ -204,6 +214,7 @@ def litdata(case: Case) -> Iterator[Any]:
 
 PEERS: dict[str, Callable[[Case], Iterator[Any]]] = {
     "evenshard": evenshard,
+    "evenshard, exact": evenshard_exact,
     "ImageFolder, float": image_folder_float,
     "ImageFolder, v2 uint8": image_folder_uint8,
     "webdataset": webdataset,
@@ -211,7 +222,7 @@ PEERS: dict[str, Callable[[Case], Iterator[Any]]] = {
     "litData": litdata,
 }
 RAW_NAMES = {"ImageFolder, float": "ImageFolder"}
-RAW_SKIPS = {"ImageFolder, v2 uint8"}
+RAW_SKIPS = {"evenshard, exact", "ImageFolder, v2 uint8"}
 
 
 def batch_size(batch: Any) -> int:
