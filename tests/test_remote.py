@@ -23,6 +23,7 @@ from pipeline.schema import tar_path
 from pipeline.snapshot import Snapshot, open_snapshot
 from pipeline.store import ShardReader, Store, remote
 from pipeline.stream.cache import NodeCache
+from pipeline.stream.loader import Loader
 from pipeline.stream.remote import CachedReader, open_reader
 
 
@@ -210,3 +211,14 @@ def test_other_bytes_of_the_right_length_never_enter_the_cache(root: Path, tmp_p
         with pytest.raises(IntegrityError, match=f"{sha256}.tar arrived as 50 bytes with SHA-256"):
             reader.read(tar_path(sha256), 0, 10)
     assert cache.used_bytes() == 0
+
+
+def test_a_loader_on_a_remote_root_gives_the_batches_of_the_local_one(root: Path, tmp_path: Path) -> None:
+    with directory_server(root) as upstream, proxy(upstream, Plan(0.1, seed=7)) as (url, _):
+        options = {"cache_dir": tmp_path / "cache", "cache_bytes": 5000, "workers": 2, "decode": False}
+        there = Loader(open_snapshot(url).manifest("balanced"), 16, **options)
+        here = Loader(open_snapshot(root).manifest("balanced"), 16, decode=False)
+        for (found, labels), (expected, expected_labels) in zip(there, here, strict=True):
+            assert found == expected
+            assert labels.tolist() == expected_labels.tolist()
+    assert list((tmp_path / "cache").glob("files/*/*.img"))

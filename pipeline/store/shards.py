@@ -19,6 +19,9 @@ from pipeline.store.root import Store
 OPEN_FILES = 256
 """Files a reader keeps open: a quarter of the usual limit of 1,024, and 64 GB of full shards."""
 
+_NUM_PROBES = 8  # of a batch, to see whether its images are in memory: advising the kernel of all costs a third more
+_PROBE = bytearray(1)  # what is read into it does not matter
+
 ShardRange = tuple[str, int, int]
 """``(tar_path, offset, size)``: where the bytes of one image lie."""
 
@@ -55,19 +58,28 @@ class ShardReader:
         return data
 
     def read_many(self, requests: Sequence[ShardRange], checksums: Sequence[int] | None = None) -> list[bytes]:
-        """``read`` of each. The kernel hears first of all that are not in memory, so a disk works on many at once.
+        """``read`` of each. If they are not in memory, the kernel hears of all first, so a disk works on many at once.
 
         Nothing is verified here; readers that keep what they fetched use ``checksums`` (XXH3-64) on arrival.
         """
-        if self.store.is_local:
-            for tar_path, offset, size in requests:
-                try:
-                    descriptor = self._descriptor(tar_path)
-                    if _is_cold(descriptor.number, offset):
-                        os.posix_fadvise(descriptor.number, offset, size, os.POSIX_FADV_WILLNEED)
-                except OSError as error:
-                    self._explain(error, tar_path)
+        if self.store.is_local and any(map(self._is_cold, requests[:: max(1, len(requests) // _NUM_PROBES)])):
+            for request in requests:
+                self._advise(request)
         return [self.read(*request) for request in requests]
+
+    def _is_cold(self, request: ShardRange) -> bool:
+        """Whether reading it would wait for the disk."""
+        try:
+            return not os.preadv(self._descriptor(request[0]).number, [_PROBE], request[1], os.RWF_NOWAIT)
+        except OSError:  # EAGAIN, or a file system that cannot tell; what else there is, the read will say
+            return True
+
+    def _advise(self, request: ShardRange) -> None:
+        tar_path, offset, size = request
+        try:
+            os.posix_fadvise(self._descriptor(tar_path).number, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            self._explain(error, tar_path)
 
     def _explain(self, error: OSError, tar_path: str) -> NoReturn:
         with vanishing(tar_path), self.store.explained("read", tar_path):
@@ -104,17 +116,6 @@ def vanishing(tar_path: str) -> Generator[None]:
             f"{error} (shard {tar_path} vanished while it was in use: if a clean-up removed it, build again, and keep "
             f"snapshots in training with `evenshard pin`)"
         ) from None
-
-
-_PROBE = bytearray(1)  # what is read into it does not matter
-
-
-def _is_cold(descriptor: int, offset: int) -> bool:
-    """Whether a read would wait for the disk. Asking costs a tenth of advising the kernel of what it has."""
-    try:
-        return not os.preadv(descriptor, [_PROBE], offset, os.RWF_NOWAIT)
-    except OSError:  # EAGAIN, or a file system that cannot tell
-        return True
 
 
 class OpenFile:

@@ -16,6 +16,7 @@ batches that were not handed out yet, or, with another global batch, with exactl
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from pipeline.keyed import derive, keyed_hash, permute, seed_key
 from pipeline.plan.epoch import EPOCH_RULE, EpochFunction
 from pipeline.snapshot import Manifest, Snapshot
 from pipeline.stream.batches import BatchReader, Rows
+from pipeline.stream.cache import NodeCache, default_cache
 from pipeline.stream.damage import Repaired, Replacement
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
@@ -102,6 +104,8 @@ class Loader:
         prefetch: int | None = None,
         pin_memory: bool = False,
         on_damage: OnDamage = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches made ahead by each of them (2).
 
@@ -113,6 +117,9 @@ class Loader:
         ``on_damage="replace"`` gives the place of an image that cannot be read or decoded to the next other image of
         its class, by the order of draws: the label, and all other rows, stay. ``num_replaced`` counts such rows, and a
         warning names each damaged image once. A file that is missing, and a damaged table, still raise.
+
+        Remote roots are read through a cache that all ranks of a node share, of at most ``cache_bytes`` (64 GiB, or
+        half of what the disk has left) in ``cache_dir`` ($EVENSHARD_CACHE, or ~/.cache/evenshard).
         """
         self._topology = Topology.resolve(rank, world_size)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
@@ -122,7 +129,8 @@ class Loader:
         self.manifest = manifest
         self._plan = EpochFunction(manifest.pool, manifest.targets, self._seed)
         self._refuse_small_epoch()
-        reader = _reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224))
+        cache = _cache(manifest.snapshot, cache_dir, cache_bytes)
+        reader = _reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224), cache)
         class_starts = manifest.snapshot.class_starts(manifest.split)
         samples = manifest.snapshot.samples(manifest.split)
         self._builder = _DrawnBatches(
@@ -366,6 +374,8 @@ class EvaluationLoader:
         workers: int = 0,
         prefetch: int | None = None,
         pin_memory: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         """As for ``Loader``; the default transform is the central 224 x 224 of the image scaled to 256.
 
@@ -379,7 +389,8 @@ class EvaluationLoader:
         self._num_samples = int(self._class_starts[-1])
         if not self._num_samples:
             raise UsageError(f"split {split!r} of {snapshot.store.url} holds no samples; there is nothing to evaluate")
-        self._reader = _reader(snapshot, split, transform, True, ResizeCenterCrop(224))
+        cache = _cache(snapshot, cache_dir, cache_bytes)
+        self._reader = _reader(snapshot, split, transform, True, ResizeCenterCrop(224), cache)
 
     def __len__(self) -> int:
         """Steps of every rank."""
@@ -405,11 +416,20 @@ class EvaluationLoader:
 
 
 def _reader(
-    snapshot: Snapshot, split: str, transform: Transform | None, decode: bool, default: Transform
+    snapshot: Snapshot,
+    split: str,
+    transform: Transform | None,
+    decode: bool,
+    default: Transform,
+    cache: NodeCache | None,
 ) -> BatchReader:
     if not decode and transform is not None:
         raise UsageError("decode=False hands out bytes, so transform is never called: drop one of the two")
-    return BatchReader(snapshot, split, (transform or default) if decode else None)
+    return BatchReader(snapshot, split, (transform or default) if decode else None, cache)
+
+
+def _cache(snapshot: Snapshot, directory: str | os.PathLike[str] | None, max_bytes: int | None) -> NodeCache | None:
+    return None if snapshot.store.is_local else default_cache(directory, max_bytes)
 
 
 def _pinned(*parts: Any) -> Batch:
