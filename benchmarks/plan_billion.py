@@ -24,6 +24,7 @@ from pipeline.plan.epoch import EpochFunction
 
 NUM_CLASSES, NUM_SAMPLES, BATCH = 10**6, 10**9, 8192
 ROW_BYTES = 4 + 4 + 8 + 4 + 8  # shard, row, offset, size, checksum: pipeline.schema.SAMPLES
+NUM_PLANNED = 250 * BATCH
 POLICIES = "natural", "balanced"
 
 
@@ -56,23 +57,28 @@ def measure(folder: Path, policy: str) -> None:
     def resume(percent: int) -> Callable[[], None]:
         return lambda: read(EpochFunction(pool, targets, 0), NUM_SAMPLES // 100 * percent)
 
+    plan = EpochFunction(pool, targets, 0)
+    began_s = time.process_time()
+    for i in range(0, NUM_PLANNED, BATCH):
+        drawn = plan.draws(i, i + BATCH)
+        plan.images(drawn.class_id, drawn.draw)
+    elapsed_s = time.process_time() - began_s
+    print(f"| {policy} | plan the first {NUM_PLANNED:,} draws | {NUM_PLANNED / elapsed_s / 1e6:.2f} million a second |")
+    print(f"| {policy} | peak memory so far, of it before | {peak_bytes() / 1e6:,.0f} MB, {base_bytes / 1e6:,.0f} MB |")
     print(f"| {policy} | construct `EpochFunction` | {median_s(lambda: EpochFunction(pool, targets, 0)):.2f} s |")
     for percent in (0, 50, 99):
         print(
             f"| {policy} | construct, and first batch at {percent} % | {median_s(resume(percent)):.2f} s |",
             flush=True,
         )
-    plan = EpochFunction(pool, targets, 0)
-    read(plan, NUM_SAMPLES // 2)
-    began_s, num_batches = time.process_time(), 100
-    for i in range(num_batches):
-        read(plan, NUM_SAMPLES // 2 + i * BATCH)
-    elapsed_s = time.process_time() - began_s
-    print(
-        f"| {policy} | the next {num_batches} batches | {num_batches * BATCH / elapsed_s / 1e6:.2f} million draws/s |"
-    )
-    peak = peak_bytes()
-    print(f"| {policy} | peak memory of the process | {peak / 1e6:,.0f} MB, of it {base_bytes / 1e6:,.0f} before |")
+    own, mapped_bytes = memory_bytes("RssAnon"), memory_bytes("RssFile")
+    print(f"| {policy} | memory of its own at the end | {own / 1e6:,.0f} MB, {mapped_bytes / 1e6:,.0f} mapped |")
+
+
+def memory_bytes(field: str) -> int:
+    """RssAnon: what only this process holds. RssFile: pages of files, which the kernel takes back when it likes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def median_s(action: Callable[[], object]) -> float:

@@ -45,6 +45,7 @@ from stream_peers import (
 
 REPEATS = 3
 TIMEOUT_S = 240
+"""For one peer in one mode: its cells so far count, and the others say so."""
 PROCESS_SETTINGS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 LIMITS = "limits"
 RESUME = "resume"
@@ -211,6 +212,8 @@ def ask(name: str, cases: list[Case], draws: int) -> list[dict[str, Any]]:
     if name not in PEERS:
         return said
     last = {Case(**one["case"]): one for one in said}
+    with (Path(cases[0].data) / "cells.jsonl").open("a") as file:  # kept if this run is cut short
+        file.writelines(json.dumps(cell) + "\n" for cell in last.values())
     silent = {case: asdict(Cell(peer=name, case=case, note=ended)) for case in cases}
     return list((silent | last).values())
 

@@ -40,7 +40,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = make_root(Path(folder))
         expected, began_s = emitted(root), time.perf_counter()
-        flips = [try_flip(root, *place, expected) for place in places(root, arguments.flips, arguments.seed)]
+        flips: list[Flip] = []
+        for place in places(root, arguments.flips, arguments.seed):
+            flips.append(try_flip(root, *place, expected))
+            if len(flips) % 100 == 0:
+                print(f"{len(flips)} flips, {sum(not flip.good for flip in flips)} missed", file=sys.stderr, flush=True)
         whole = verify(root).sound and emitted(root) == expected
     print(f"{arguments.flips} flips in {time.perf_counter() - began_s:.0f} s, seed {arguments.seed}\n")
     report(flips)
