@@ -7,6 +7,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any, get_args
 
@@ -17,7 +18,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from pipeline.images import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, decode_rgb, inspect
+from pipeline.images import (
+    HARD_MAX_PIXELS,
+    Check,
+    Crop,
+    Facts,
+    ImageRejected,
+    Limits,
+    can_decode_crops,
+    crops,
+    decode_crop,
+    decode_rgb,
+    inspect,
+)
 from pipeline.images.pillow import _refusal
 from pipeline.schema import Reason
 
@@ -343,3 +356,144 @@ def test_threads_get_what_one_thread_gets() -> None:
         thread.join()
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
     assert None not in [None if a is None else 0 for a in found]
+
+
+# --- Crops ---
+
+
+def crop_of(data: bytes, *, box: tuple[int, int, int, int] | None = None, size: int = 64, flip: bool = False) -> Any:
+    """The square that `decode_crop` makes of ``box`` (top, left, rows, columns), by default of the whole image."""
+
+    def plan(height: int, width: int) -> Crop:
+        top, left, rows, columns = box or (0, 0, height, width)
+        return Crop(top=top, left=left, rows=rows, columns=columns, height=size, width=size, flip=flip)
+
+    out = np.full((size, size, 3), 77, dtype=np.uint8)
+    decode_crop(data, plan, out)
+    return out
+
+
+def test_the_fast_decoders_are_installed_for_tests() -> None:
+    assert can_decode_crops()
+
+
+@pytest.mark.parametrize("pillow_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("width", [200, 800])  # of which the JPEG is decoded whole, and at a fraction
+def test_a_crop_shows_its_box_and_is_mirrored_where_asked(pillow_format: str, flip: bool, width: int) -> None:
+    height = width * 3 // 4
+    data = encoded(picture(width, height), pillow_format, **({"quality": 95} if pillow_format == "JPEG" else {}))
+    box = (height // 3, width // 2, height // 2, width // 4)
+    x = 255 * (box[1] + (np.arange(64) + 0.5) * box[3] / 64 - 0.5) / (width - 1)  # red is the column, green the row
+    y = 255 * (box[0] + (np.arange(64) + 0.5) * box[2] / 64 - 0.5) / (height - 1)
+    expected = np.stack(np.broadcast_arrays(x[None, ::-1] if flip else x[None], y[:, None]), axis=-1)
+    assert_close(crop_of(data, box=box, flip=flip)[..., :2], expected.astype(np.uint8), 6)
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_and_never_below_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = crops._fast_decoders()
+    assert decoders is not None
+    shapes: list[tuple[int, ...]] = []
+
+    class Spy:
+        decode_jpeg_header = staticmethod(decoders[0].decode_jpeg_header)
+
+        @staticmethod
+        def decode_jpeg(*args: Any, **options: Any) -> np.ndarray:
+            pixels = decoders[0].decode_jpeg(*args, **options)
+            shapes.append(pixels.shape[:2])
+            return pixels
+
+    monkeypatch.setattr(crops, "_fast_decoders", lambda: (Spy, decoders[1]))
+    data = encoded(picture(801, 601), "JPEG", quality=95)
+    for rows in (601, 300, 129, 127):
+        crop_of(data, box=(0, 0, rows, rows), size=64)
+    assert shapes == [(76, 101), (151, 201), (301, 401), (601, 801)]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "gif"])
+def test_every_format_gives_the_crop_of_its_pixels(name: str) -> None:
+    assert_close(crop_of(sample(name), box=(2, 4, 20, 30)), crop_of(sample("png"), box=(2, 4, 20, 30)), 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("pillow_format", ["JPEG", "PNG"])
+def test_the_box_is_one_of_the_upright_image(orientation: int, pillow_format: str) -> None:
+    upright = np.asarray(picture())
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, pillow_format, exif=exif, **({"quality": 95} if pillow_format == "JPEG" else {}))
+    assert_close(crop_of(data, box=(3, 20, 9, 18)), crop_of(sample("png"), box=(3, 20, 9, 18)), 12)
+
+
+def test_an_orientation_in_xmp_turns_a_crop_too() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="3"/></rdf:RDF></x:xmpmeta>'
+    data = encoded(Image.fromarray(np.asarray(picture())[::-1, ::-1].copy()), "JPEG", quality=95, xmp=xmp)
+    assert_close(decode_rgb(data), np.asarray(picture()))
+    assert_close(crop_of(data), crop_of(sample("png")), 12)
+
+
+def colour_cases() -> dict[str, bytes]:
+    """Pixels that only their colour mode explains."""
+    palette, grey = picture().convert("P"), np.linspace(0, 65535, 64 * 5).astype(np.uint16).reshape(5, 64)
+    return {
+        "cmyk": sample("jpg", "CMYK"),
+        "grey jpg": sample("jpg", "L"),
+        "rgb jpg": encoded(picture(), "JPEG", quality=95, keep_rgb=True),
+        "444 jpg": encoded(picture(), "JPEG", quality=95, subsampling=0),
+        "grey": encoded(picture().convert("L"), "PNG"),
+        "bits": encoded(picture().convert("1"), "PNG"),
+        "palette": encoded(palette, "PNG"),
+        "transparent palette": encoded(palette, "PNG", transparency=3),
+        "16 bits": encoded(Image.fromarray(grey), "PNG"),
+        "alpha": encoded(Image.new("RGBA", (20, 20), (255, 0, 0, 128)), "PNG"),
+        "exif": encoded(picture(), "JPEG", quality=95, exif=b"Exif\0\0garbage that is no TIFF header \x01\x12"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(colour_cases()))
+def test_a_whole_image_as_a_crop_is_its_rgb(name: str) -> None:
+    data = colour_cases()[name]
+    pixels = decode_rgb(data)
+    height, width = pixels.shape[:2]
+    out = np.empty((height, width, 3), dtype=np.uint8)
+    decode_crop(data, lambda h, w: Crop(top=0, left=0, rows=h, columns=w, height=h, width=w), out)
+    assert_close(out, pixels, 14)
+
+
+def test_a_smaller_output_shows_the_middle() -> None:
+    out = np.empty((10, 20, 3), dtype=np.uint8)
+    decode_crop(sample("png"), lambda h, w: Crop(top=0, left=0, rows=h, columns=w, height=h, width=w), out)
+    assert (out == np.asarray(picture())[7:17, 10:30]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (3, 2000)])
+def test_crops_of_slivers(shape: tuple[int, int]) -> None:
+    data = encoded(Image.new("RGB", shape, (200, 100, 50)), "JPEG", quality=95)
+    assert_close(crop_of(data), np.full((64, 64, 3), (200, 100, 50), np.uint8), 6)
+
+
+def refusal_of(decode: Callable[[bytes], Any], data: bytes) -> tuple[Reason, str] | None:
+    try:
+        decode(data)
+    except ImageRejected as rejected:
+        return rejected.reason, rejected.detail
+    return None
+
+
+@pytest.mark.parametrize("name", ["jpg", "progressive", "png"])
+def test_crops_refuse_what_decode_rgb_refuses_in_the_same_words(name: str) -> None:
+    data = sample(name)
+    for percent in range(0, 100, 7):
+        cut = data[: len(data) * percent // 100]
+        assert refusal_of(crop_of, cut) == refusal_of(decode_rgb, cut)
+    assert refusal_of(crop_of, data[: len(data) // 3]) is not None
+
+
+def test_crops_are_the_same_in_any_thread() -> None:
+    inputs = [sample(name) for name in WRITERS] * 8
+    expected = [crop_of(data) for data in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(crop_of, inputs))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -5,15 +5,27 @@ from __future__ import annotations
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline.errors import UsageError
-from pipeline.stream.transforms import Draw, RandomResizedCropFlip, ResizeCenterCrop, adapt, crop_box
+from pipeline.images import decode_crop, decode_rgb
+from pipeline.stream import transforms
+from pipeline.stream.transforms import (
+    Draw,
+    RandomResizedCropFlip,
+    ResizeCenterCrop,
+    adapt,
+    crop_box,
+    planned,
+    uniforms,
+)
 
 
 def image(height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
@@ -95,6 +107,69 @@ def test_center_crop_keeps_the_middle() -> None:
     pixels = torch.zeros(3, 64, 128, dtype=torch.uint8)
     pixels[:, 24:40, 56:72] = 200
     assert ResizeCenterCrop(16, resize=64)(pixels, draw()).min() == 200
+
+
+# ---- Crops that are known before decoding
+
+
+def photograph(height: int, width: int, pillow_format: str = "JPEG") -> bytes:
+    """Blurred noise, as photographs are: smooth, nowhere flat, and brightness changing faster than colour."""
+    rng, size = np.random.default_rng(height), (width, height)
+    light, colours = (rng.integers(0, 256, (height // n + 2, width // n + 2, 3), dtype=np.uint8) for n in (8, 64))
+    layers = Image.fromarray(light).convert("L").convert("RGB"), Image.fromarray(colours)
+    out = BytesIO()
+    Image.blend(*(layer.resize(size, Image.Resampling.BICUBIC) for layer in layers), 0.4).save(out, pillow_format)
+    return out.getvalue()
+
+
+def fast(transform: Any, data: bytes, key: int) -> np.ndarray:
+    out = np.empty((transform.size, transform.size, 3), dtype=np.uint8)
+    uniform = draw(key).uniform(transform.num_uniform)
+    decode_crop(data, lambda height, width: transform.plan(height, width, uniform), out)
+    return out
+
+
+def exact(transform: Any, data: bytes, key: int) -> np.ndarray:
+    return transform(torch.from_numpy(decode_rgb(data)).permute(2, 0, 1), draw(key)).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("pillow_format", ["JPEG", "PNG"])
+# scaled up, and down, and far down, where the decoder's own scaling is sharper than torchvision's
+@pytest.mark.parametrize(("shape", "bound"), [((160, 200), 2), ((441, 333), 2), ((1000, 801), 3)])
+@pytest.mark.parametrize("transform", [RandomResizedCropFlip(224), ResizeCenterCrop(224)])
+def test_fast_crops_are_torchvision_s_within_the_stated_error(
+    transform: Any, shape: tuple[int, int], bound: float, pillow_format: str
+) -> None:
+    data = photograph(*shape, pillow_format)
+    for key in range(3):
+        error = fast(transform, data, key).astype(int) - exact(transform, data, key)
+        assert np.abs(error).mean() < bound
+        assert abs(error.mean()) < 0.3
+        assert np.percentile(np.abs(error), 99) < 12
+
+
+def test_uniforms_of_many_draws_are_those_of_each() -> None:
+    keys = np.array([0, 7, 2**64 - 1], dtype=np.uint64)
+    assert np.array_equal(uniforms(keys, 9), [draw(int(key)).uniform(9) for key in keys])
+
+
+class Changed(RandomResizedCropFlip):
+    pass
+
+
+def test_only_what_a_crop_can_express_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = RandomResizedCropFlip(24), ResizeCenterCrop(24)
+    assert [planned(transform) for transform in own] == list(own)
+    for other in (RandomResizedCropFlip(24, quality="exact"), ResizeCenterCrop(24, 16), Changed(24)):
+        assert planned(other) is None
+    monkeypatch.setattr(transforms, "can_decode_crops", lambda: False)
+    assert planned(own[0]) is None
+
+
+@pytest.mark.parametrize("transform", [RandomResizedCropFlip, ResizeCenterCrop])
+def test_an_unknown_quality_is_refused(transform: Any) -> None:
+    with pytest.raises(UsageError, match="fast, exact, not 'best'"):
+        transform(24, quality="best")
 
 
 # ---- Telling the two protocols apart

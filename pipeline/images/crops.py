@@ -56,7 +56,8 @@ def decode_crop(data: bytes, plan: Callable[[int, int], Crop], out: NDArray[np.u
     """The part ``plan(height, width)`` of the upright image into ``out``, uint8 [h, w, 3], contiguous.
 
     The same image as `decode_rgb` decodes, or the same ImageRejected; JPEGs with the fast upsampling of colours,
-    scaled bilinearly: on photographs within 2 of 255 of torchvision's antialiased crop, on average.
+    scaled bilinearly. From torchvision's antialiased crop, 348-pixel photographs differ by 1.0 of 255 on average at 224
+    pixels, 2.3 at 112 and 4.1 at 64, with no shift in brightness beyond 0.14; single pixels at edges by up to 107.
     """
     decoded = _decode_jpeg(data, plan)
     if decoded is None:
