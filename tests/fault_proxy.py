@@ -82,10 +82,21 @@ class FileHandler(_Quiet):
 
 
 class Plan:
-    """Which requests break, by their number: a share of the GETs and HEADs that match, drawn by a seed."""
+    """Which requests break, by their number: a share of the GETs and HEADs that match, drawn by a seed.
 
-    def __init__(self, share: float, seed: int = 0, kinds: tuple[str, ...] = FAULTS, matching: str = "") -> None:
-        self.share, self.kinds, self.matching = share, kinds, matching
+    ``in_a_row`` bounds how often one path breaks without a good answer between: readers promise six attempts.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        seed: int = 0,
+        kinds: tuple[str, ...] = FAULTS,
+        matching: str = "",
+        in_a_row: int | None = None,
+    ) -> None:
+        self.share, self.kinds, self.matching, self.in_a_row = share, kinds, matching, in_a_row
+        self.broken: Counter[str] = Counter()  # by path, since its last good answer
         self.rng = random.Random(seed)
         self.lock = threading.Lock()
         self.done: Counter[str] = Counter()
@@ -94,6 +105,8 @@ class Plan:
     def next(self, method: str, path: str) -> str | None:
         with self.lock:
             chosen = method in ("GET", "HEAD") and self.matching in path and self.rng.random() < self.share
+            chosen = chosen and (self.in_a_row is None or self.broken[path] < self.in_a_row)
+            self.broken[path] = self.broken[path] + 1 if chosen else 0
             fault = self.rng.choice(self.kinds) if chosen else None
             if fault in ("cut", "stall") and method == "HEAD":
                 fault = "503"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -240,3 +241,21 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
     assert 2 <= summary.num_reused_units < summary.num_units
     shutil.rmtree(root / "staging")  # what the killed build was writing; never read
     assert digests_of(root) == {path: hash for path, hash in digests_of(messy_root).items() if "staging/" not in path}
+
+
+def test_files_that_change_places_and_keep_their_times_are_read_again(local_ray: None, tmp_path: Path) -> None:
+    """B1: size and mtime alone would call both unchanged, and leave each label with the other's image."""
+    source = tmp_path / "photos"
+    for number, name in enumerate(("a", "b")):
+        (source / name).mkdir(parents=True)
+        draw_image(number, 0).resize((16, 16)).save(source / name / "0.bmp")
+        os.utime(source / name / "0.bmp", (10**9, 10**9))
+    pipeline.build(source, tmp_path / "root")
+    (source / "a/0.bmp").rename(tmp_path / "aside")
+    (source / "b/0.bmp").rename(source / "a/0.bmp")
+    (tmp_path / "aside").rename(source / "b/0.bmp")
+    assert pipeline.build(source, tmp_path / "root").changed
+    rows, _ = check_root(tmp_path / "root")
+    assert {row["path"]: row["sha256"].hex() for row in rows} == {
+        f"{name}/0.bmp": hashlib.sha256((source / name / "0.bmp").read_bytes()).hexdigest() for name in "ab"
+    }

@@ -806,3 +806,21 @@ def test_an_empty_split_cannot_be_evaluated(snapshot: Snapshot) -> None:
 
 def test_the_loaders_are_public() -> None:
     assert (pipeline.Loader, pipeline.EvaluationLoader) == (Loader, EvaluationLoader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_that_share_an_iterator_get_every_draw_once(snapshot: Snapshot, workers: int) -> None:
+    loader = pipeline.Loader(snapshot.manifest("natural"), 4, workers=workers, decode=False, details=True)
+    shared, seen = iter(loader), []
+
+    def drain() -> None:
+        for _, _, details in shared:
+            seen.extend(details.positions.tolist())
+
+    threads = [threading.Thread(target=drain) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == list(range(len(seen)))
+    assert loader.state_dict()["consumed"] == len(seen)

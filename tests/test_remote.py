@@ -86,7 +86,7 @@ def shard_bytes(snapshot: Snapshot) -> int:
 @pytest.mark.parametrize("share", [2.0, 0.25])
 def test_http_with_faults_gives_the_bytes_of_the_local_root(root: Path, tmp_path: Path, share: float) -> None:
     local = open_snapshot(root)
-    plan = Plan(0.1 if share < 1 else 0.35, seed=5)  # of few requests some must break
+    plan = Plan(0.1 if share < 1 else 0.35, seed=5, in_a_row=4)  # of few requests some must break
     with directory_server(root) as upstream, proxy(upstream, plan) as (url, sent):
         check_epoch(url, local, NodeCache(tmp_path / "cache", int(share * shard_bytes(local))), plan, sum_of(sent))
 
@@ -96,7 +96,7 @@ def test_s3_with_faults_gives_the_bytes_of_the_local_root(
     root: Path, tmp_path: Path, moto: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = open_snapshot(root)
-    plan = Plan(0.1 if share < 1 else 0.35, seed=6)
+    plan = Plan(0.1 if share < 1 else 0.35, seed=6, in_a_row=4)
     with proxy(moto, plan) as (url, sent):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -157,6 +157,9 @@ class _Work:
         """Write every provisional unit; returns their records in unit order."""
         config, references = self._config, self._listing.references
         settings = {"check": config.check, "max_pixels": config.max_pixels, "max_bytes": config.max_image_bytes}
+        # Two sources may hold files of the same names, sizes and times: finished work belongs to one of them.
+        place = self._listing.reader.place
+        settings["source"] = f"{place.protocol}:{redact(place.path)}"
         settings |= {"pillow": version("pillow"), "evenshard": version("evenshard")}
         plan = _provisional(references, config, self._listing)
         jobs = ((_unit(references, *part).with_digest(settings)) for part in plan)
@@ -331,7 +334,7 @@ def _guard(config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects
                 f"have no image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs "
                 "another ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
             )
-    if config.max_rejects is not None:
+    if config.max_rejects is not None and "rejects" not in config.allow:
         lost = sum(reason not in _NOT_LOST for reason in rejects["reason"].to_pylist())
         listed = listing.references.num_rows + listing.rejects.num_rows
         limit = config.max_rejects if isinstance(config.max_rejects, int) else config.max_rejects * listed

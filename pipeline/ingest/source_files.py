@@ -275,7 +275,8 @@ def _judge(name: str, status: os.stat_result) -> Found:
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         return Found(name, problem=Reason.UNREADABLE, detail=f"{what}, not a file")
-    token = struct.pack("<qq", status.st_size, status.st_mtime_ns)
+    # The change time and the inode tell what a copied, moved or unpacked file with an old mtime would hide.
+    token = struct.pack("<qqqQ", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return Found(name, size=status.st_size, fingerprint=xxhash.xxh3_64_intdigest(token))
 
 

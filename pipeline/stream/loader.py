@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -276,6 +277,7 @@ class _Steps(Iterator[Batch]):
         self._loader = loader
         self._batches = batches
         self._superseded = False
+        self._turn = threading.Lock()
 
     def __next__(self) -> Batch:
         if self._superseded:
@@ -286,10 +288,14 @@ class _Steps(Iterator[Batch]):
         if not self.num_left:
             self._loader._ended(self)  # pyright: ignore[reportPrivateUsage]
             raise StopIteration
-        built = next(self._batches)
-        self.num_left -= 1
-        self._loader._handed_out(self, built)  # pyright: ignore[reportPrivateUsage]
-        return built.batch
+        # Threads that share this iterator take turns: otherwise draws would be lost or handed out twice.
+        with self._turn:
+            if not self.num_left:
+                raise StopIteration
+            built = next(self._batches)
+            self.num_left -= 1
+            self._loader._handed_out(self, built)  # pyright: ignore[reportPrivateUsage]
+            return built.batch
 
     def close(self) -> None:
         """End the threads; advancing again is an error, except after the last batch."""
