@@ -5,16 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 from fault_proxy import FAULTS, Plan, directory_server, proxy
+from real_servers import needs_nginx, nginx, s3, wait_for
 from remote_rank import epoch, every_image, read, read_all
 from tiny_snapshot import write_snapshot
 
@@ -45,38 +42,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def moto(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def moto(root: Path) -> Iterator[str]:
     """An S3 server that has the root as s3://bucket/root."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "testing")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            try:
-                wait_for(lambda: is_listening(port))
-                filesystem = fsspec.filesystem("s3")
-                filesystem.mkdir("bucket")
-                filesystem.put(f"{root}/", "bucket/root/", recursive=True)
-                yield f"http://127.0.0.1:{port}"
-            finally:
-                server.kill()
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(happened: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    with s3(root) as url:
+        yield url
 
 
 def shard_bytes(snapshot: Snapshot) -> int:
@@ -102,6 +71,42 @@ def test_s3_with_faults_gives_the_bytes_of_the_local_root(
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         cache = NodeCache(tmp_path / "cache", int(share * shard_bytes(local)))
         check_epoch("s3://bucket/root", local, cache, plan, sum_of(sent))
+
+
+@needs_nginx
+@pytest.mark.parametrize("share", [2.0, 0.25])
+def test_an_epoch_from_nginx_through_faults_and_what_nginx_says_of_it(root: Path, tmp_path: Path, share: float) -> None:
+    plan = Plan(0.1 if share < 1 else 0.35, seed=8, in_a_row=4)
+    with nginx(root) as server, proxy(server.url, plan) as (url, _):
+        snapshot = open_snapshot(url)
+        begun, opened = len(plan.log), snapshot.store.traffic  # looking for the newest record asks with HEAD, then GET
+        num_served = len(server.served())
+        options = {"cache_dir": tmp_path / "cache", "cache_bytes": int(share * shard_bytes(snapshot)), "decode": False}
+        there = Loader(snapshot.manifest("balanced"), 16, workers=2, **options)
+        here = Loader(open_snapshot(root).manifest("balanced"), 16, decode=False)
+        for (found, labels), (expected, expected_labels) in zip(there, here, strict=True):
+            assert found == expected
+            assert labels.tolist() == expected_labels.tolist()
+        assert all(plan.done[fault] for fault in FAULTS)
+        spent, served = snapshot.store.traffic, server.served()[num_served:]
+    faults = [fault for _, _, fault in plan.log[begun:]]
+    assert spent.num_requests - opened.num_requests == len(faults)
+    assert len(served) == len(faults) - faults.count("503")  # those never reached it
+    assert {(one.method, one.status) for one in served} <= {("GET", 200), ("GET", 206)}
+    in_vain = sum(one.body_bytes for one in served) - (spent.fetched_bytes - opened.fetched_bytes)
+    assert in_vain > 0  # what it sent and the proxy broke
+
+
+@needs_nginx
+def test_what_nginx_sends_is_what_is_announced(root: Path, tmp_path: Path) -> None:
+    with nginx(root) as server:
+        snapshot = open_snapshot(server.url)
+        loader = Loader(snapshot.manifest("balanced"), 16, decode=False, cache_dir=tmp_path / "c", cache_bytes=5000)
+        assert sum(len(labels) for _, labels in loader) >= 138
+        traffic, served = snapshot.store.traffic, [one for one in server.served() if one.status in (200, 206)]
+    served = [one for one in served if one.method == "GET"]  # the others ask how large a record is, or find none
+    assert (traffic.num_requests, traffic.num_retries) == (len(served), 0)
+    assert traffic.fetched_bytes == sum(one.body_bytes for one in served)
 
 
 def sum_of(sent: dict[str, int]) -> Callable[[], int]:
