@@ -85,6 +85,7 @@ class BuildConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=1 << 64)
     manifests: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
     max_rejects: Budget = None
+    max_shrink: Budget = 0.1
     max_pixels: int = Field(default=Limits.max_pixels, ge=1, le=HARD_MAX_PIXELS)
     max_image_bytes: Bytes = Limits.max_bytes
     workers: int | None = Field(default=None, ge=1)
@@ -99,7 +100,7 @@ class BuildConfig(BaseModel):
                 raise ValueError(f"{name!r} is no manifest name: use letters, digits, '-', '_' and '.', at most 64")
         return dict(sorted(value.items()))
 
-    @field_validator("max_rejects")
+    @field_validator("max_rejects", "max_shrink")
     @classmethod
     def _count_or_rate(cls, value: float | None) -> float | None:
         if value is not None and not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
@@ -121,7 +122,9 @@ class BuildConfig(BaseModel):
 
     def meaning(self) -> dict[str, Any]:
         """The fields that decide bytes, for records and their digests: strings, integers and null only."""
-        decisive = self.model_dump(exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects"})
+        decisive = self.model_dump(
+            exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects", "max_shrink"}
+        )
         return {name: _without_floats(value) for name, value in decisive.items()}
 
 

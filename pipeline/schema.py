@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SNAPSHOT_FORMAT_VERSION = 1
+SNAPSHOT_FORMAT_VERSION = 2
 MANIFEST_FORMAT_VERSION = 1
 UNIT_FORMAT_VERSION = 1
 
@@ -128,6 +128,16 @@ REJECTS = _schema(
 )
 """One row per source entry that is in no shard, sorted by (path, reason, detail)."""
 
+DEPARTED = _schema(
+    ("key", pa.uint64()),
+    ("content", pa.uint64()),  # first 8 bytes of the SHA-256 of the image bytes, big endian
+    ("split", pa.int8()),  # position in SPLITS
+)
+"""One row per image that was in a split of an earlier snapshot and is in none now, sorted by (key, content).
+
+Whoever comes back, by its bytes or by its key, goes where it was: an older model may have trained on it.
+"""
+
 TARGETS = _schema(
     ("available", pa.int64()),  # images of the class in the manifest's split
     ("pool", pa.int64()),  # how many of them this policy draws from: the first `pool` rows of the class
@@ -207,4 +217,5 @@ class SnapshotRecord:
     num_rejects: int
     config: Mapping[str, Any]  # the part of the build file that decides bytes
     created_by: str  # distribution and version
+    departed: FileRef | None = None  # None: nothing has left yet; version 1 did not remember it
     format_version: int = SNAPSHOT_FORMAT_VERSION

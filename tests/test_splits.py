@@ -70,25 +70,29 @@ def digests(values: list[int]) -> np.ndarray:
 
 
 def test_copies_of_one_class_leave_all_but_the_smallest_key() -> None:
-    found = find_duplicates(digests([5, 5, 6, 5]), keys_of([3, 1, 0, 2]), np.zeros(4, np.int32), open_splits(4))
+    found = find_duplicates(
+        digests([5, 5, 6, 5]), keys_of([3, 1, 0, 2]), np.zeros(4, np.int32), open_splits(4), np.zeros(4, bool)
+    )
     assert found.duplicate.tolist() == [True, False, False, True]
     assert found.keeper.tolist() == [1, -1, -1, 1]
 
 
 def test_one_image_under_two_labels_leaves_entirely_and_each_names_another() -> None:
-    found = find_duplicates(digests([5, 5, 5]), keys_of([0, 1, 2]), np.array([1, 1, 2], np.int32), open_splits(3))
+    found = find_duplicates(
+        digests([5, 5, 5]), keys_of([0, 1, 2]), np.array([1, 1, 2], np.int32), open_splits(3), np.zeros(3, bool)
+    )
     assert found.conflict.all()
     assert found.keeper.tolist() == [1, 0, 0]
 
 
 def test_a_copy_in_a_later_split_is_a_leak() -> None:
     split = np.array([2, 0, 0], np.int8)
-    found = find_duplicates(digests([5, 5, 5]), keys_of([0, 1, 2]), np.zeros(3, np.int32), split)
+    found = find_duplicates(digests([5, 5, 5]), keys_of([0, 1, 2]), np.zeros(3, np.int32), split, np.zeros(3, bool))
     assert (found.leak.tolist(), found.duplicate.tolist()) == ([True, False, False], [False, False, True])
 
 
 def test_no_samples_no_duplicates() -> None:
-    found = find_duplicates(digests([]), keys_of([]), np.zeros(0, np.int32), open_splits(0))
+    found = find_duplicates(digests([]), keys_of([]), np.zeros(0, np.int32), open_splits(0), np.zeros(0, bool))
     assert len(found.keeper) == 0
 
 

@@ -130,8 +130,9 @@ def _check_files(store: Store, record: SnapshotRecord) -> None:
 
 def _named_files(store: Store, record: SnapshotRecord) -> Iterator[tuple[str, int]]:
     """Path and size of everything a reader of this snapshot may open."""
-    for ref in (record.classes, record.shards, record.rejects, *record.samples.values()):
-        yield table_path(ref.sha256), ref.size
+    for ref in (record.classes, record.shards, record.rejects, record.departed, *record.samples.values()):
+        if ref is not None:
+            yield table_path(ref.sha256), ref.size
     for ref in record.manifests.values():
         yield manifest_path(ref.sha256), ref.size
     try:

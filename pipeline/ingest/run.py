@@ -1,8 +1,9 @@
-"""The build: list -> units -> settle -> tables -> manifests -> commit.
+"""The build: list -> know -> read -> settle -> shards -> tables -> manifests -> commit.
 
 Comes in: a source and a configuration. Goes out: one more snapshot below ROOT, and a summary. Guarantees: nothing is
-published unless every step succeeded; finished units are kept, so a rerun goes on where a killed build stopped; images
-are read in Ray tasks, one per unit, and never pass through this process.
+published unless every step succeeded; only what changed is read, the rest stays where it is or is copied from the
+shards of the newest snapshot; finished units are kept, so a rerun goes on where a killed build stopped; images are
+read in Ray tasks, one per unit, and never pass through this process.
 """
 
 from __future__ import annotations
@@ -11,75 +12,38 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline.config import BuildConfig, make_config
-from pipeline.errors import CommitError, SourceError, UsageError
+from pipeline.errors import SourceError, UsageError
+from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
+from pipeline.ingest.known import Known, Notes, find_known, notes_path, read_notes
+from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
-from pipeline.ingest.settle import Expelled, FinalShard, Samples, ShardLimits, final_shards, gather, repack_unit, settle
-from pipeline.ingest.shards import (
-    Unit,
-    UnitFunction,
-    UnitRecord,
-    find_unit_record,
-    leaves,
-    pack_source,
-    repack,
-    shard_hash,
-)
+from pipeline.ingest.past import Past, load_past
+from pipeline.ingest.rejects import is_passing, read_rejects, reject_table
+from pipeline.ingest.settle import Samples, Settlement, settle
+from pipeline.ingest.shards import pack_source, repack
 from pipeline.ingest.source import Listing, list_source
-from pipeline.ingest.splits import assign
-from pipeline.ingest.stats import Description, describe
-from pipeline.ingest.tables import RejectRow, Tables, Written, put_tables, reject_table
-from pipeline.keyed import text_key
+from pipeline.ingest.splits import TRAIN, assign
+from pipeline.ingest.summary import BuildSummary, finish, summarise
+from pipeline.ingest.tables import Written, put_tables
+from pipeline.ingest.units import Pack, UnitRecord
+from pipeline.ingest.work import Progress, Work
 from pipeline.plan.policy import parse
-from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, Reason, SnapshotRecord
+from pipeline.schema import DEPARTED, REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, FileRef, SnapshotRecord
 from pipeline.snapshot import Snapshot, encode_record, open_snapshot, record_id, snapshot_exists
-from pipeline.store import Store, put_table, redact
+from pipeline.store import Store, put_table, redact, table_to_ipc
 
-if TYPE_CHECKING:
-    from pipeline.ingest.engine import Engine
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, images done, images in all), at least every second while units run."""
-
-_NOT_LOST = frozenset({Reason.DUPLICATE_OF, Reason.DUPLICATE_ROW, Reason.CLASS_EMPTY, Reason.LEAK})
-"""Rejects that do not count against ``max_rejects``: no distinct labelled image is missing because of them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildSummary:
-    """What a build did. ``changed`` is False when the source gave exactly the newest snapshot again."""
-
-    root: str
-    number: int
-    changed: bool
-    num_images: int
-    num_classes: int
-    num_rejects: int
-    rejects: Mapping[str, int]  # by reason
-    splits: Mapping[str, int]
-    manifests: Mapping[str, int]  # draws per epoch
-    description: Description
-    num_read: int  # images read from the source
-    read_bytes: int
-    num_units: int
-    num_reused_units: int
-    elapsed_s: float
-    notices: tuple[str, ...]
+__all__ = ["BuildSummary", "Progress", "build", "run_build"]
 
 
 def build(
@@ -104,164 +68,183 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
     notify("list", 0, 0)
-    listing = _with_class_ids_of(parent, list_source(config))
-    with _Work(config, store, listing, notify) as work:
-        records = work.pack()
-        shards, rejects = work.settle(records)
-    notify("tables", 0, 0)
-    tables = put_tables(store, shards, listing.class_names, seed=config.seed)
-    _guard(config, parent, tables, rejects, listing)
-    base = Base(tables.class_table, tables.classes, tables.shards, tables.samples)
+    build = _Build(config, store, parent, _with_class_ids_of(parent, list_source(config)), notify)
+    content = build.unchanged() or build.run()
+    base = Base(content.class_table, content.classes, content.shards, content.samples)
     record = SnapshotRecord(
         number=parent.number + 1 if parent else 1,
         parent=record_id(parent.record) if parent else "",
-        build_id=_build_id(config, listing),
+        build_id=_build_id(config, build.listing),
         seed=config.seed,
-        classes=tables.classes,
-        shards=tables.shards,
-        rejects=put_table(store, rejects, REJECTS),
-        samples=tables.samples,
+        classes=content.classes,
+        shards=content.shards,
+        rejects=content.rejects,
+        samples=content.samples,
+        departed=content.departed,
         manifests=put_manifests(store, base, wanted_policies(policies, parent)),
-        num_images=tables.num_images,
-        num_classes=len(listing.class_names),
-        num_rejects=rejects.num_rows,
+        num_images=content.num_images,
+        num_classes=content.class_table.num_rows,
+        num_rejects=content.rejects.num_rows,
         config=config.meaning(),
         created_by=f"evenshard {version('evenshard')}",
     )
     changed = parent is None or _content(record) != _content(parent.record)
+    snapshot = Snapshot(store, record) if changed or parent is None else parent
+    summary = summarise(snapshot, parent, build.records, (*build.listing.notices, *content.notices))
+    build.note(snapshot)
     if changed:
         notify("commit", 0, 0)
         commit(store, record)
-    summary = _summary(config, listing, records, open_snapshot(config.root), (changed, started_s))
-    _log_run(store, config, summary, started_s)
-    return summary
+    return finish(store, config, summary, started_s)
 
 
-class _Work:
-    """The two passes over units, with one Ray connection that is made only if something is to be done."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What the record of the next snapshot refers to, but for its manifests."""
 
-    def __init__(self, config: BuildConfig, store: Store, listing: Listing, notify: Progress) -> None:
-        self._config, self._store, self._listing, self._notify = config, store, listing, notify
-        self._open = ExitStack()
-        self._started: Engine | None = None
+    classes: FileRef
+    shards: FileRef
+    samples: Mapping[str, FileRef]
+    rejects: FileRef
+    departed: FileRef | None
+    class_table: pa.Table
+    num_images: int
+    notices: tuple[str, ...] = ()
 
-    def __enter__(self) -> _Work:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+class _Build:
+    """The steps between the listing and the manifests. ``records`` are the units that were read."""
+
+    def __init__(
+        self, config: BuildConfig, store: Store, parent: Snapshot | None, listing: Listing, notify: Progress
     ) -> None:
-        self._open.close()
+        self.listing = listing
+        self.records: list[UnitRecord] = []
+        self._config, self._store, self._parent, self._notify = config, store, parent, notify
+        self._notes = read_notes(store, record_id(parent.record)) if parent else None
+        self._settings = _reading_settings(config, listing)
+        self._listed = _listing_digest(config, listing)
+        self._is_final = True  # no file was refused for a reason that may pass by itself
+        self._rule = ShardRule(config.shard_samples, config.shard_bytes, config.seed)
 
-    def pack(self) -> list[UnitRecord]:
-        """Write every provisional unit; returns their records in unit order."""
-        config, references = self._config, self._listing.references
-        settings = {"check": config.check, "max_pixels": config.max_pixels, "max_bytes": config.max_image_bytes}
-        # Two sources may hold files of the same names, sizes and times: finished work belongs to one of them.
-        place = self._listing.reader.place
-        settings["source"] = f"{place.protocol}:{redact(place.path)}"
-        settings |= {"pillow": version("pillow"), "evenshard": version("evenshard")}
-        plan = _provisional(references, config, self._listing)
-        jobs = ((_unit(references, *part).with_digest(settings)) for part in plan)
-        arguments = (self._listing.reader, config.check, config.limits)
-        return self._run("read", pack_source, jobs, arguments, references.num_rows)
-
-    def settle(self, records: Sequence[UnitRecord]) -> tuple[list[Written], pa.Table]:
-        """Decide who is in, repack the shards that this changes; returns all final shards in order, and all rejects.
-
-        What it holds per sample is freed when it returns, before the sample tables are made.
-        """
-        config, listing = self._config, self._listing
-        samples = gather(self._store, records)
-        if not len(samples.key):
-            raise SourceError(_nothing_readable(config, listing, records))
-        split, group, expelled = settle(
-            samples, splits_given=listing.splits_given, num_classes=len(listing.class_names), seed=config.seed
+    def unchanged(self) -> _Content | None:
+        """What the newest snapshot holds, if its build was shown exactly this listing, under these rules."""
+        parent, notes = self._parent, self._notes
+        if parent is None or notes is None or not notes.is_final:
+            return None
+        if (notes.listing, notes.settings) != (self._listed, self._settings):
+            return None
+        record = parent.record
+        guards.check(self._config, None, parent.rejects, self._num_listed())
+        return _Content(
+            classes=record.classes,
+            shards=record.shards,
+            samples=record.samples,
+            rejects=record.rejects,
+            departed=record.departed,
+            class_table=parent.classes,
+            num_images=record.num_images,
         )
-        limits = ShardLimits(config.shard_samples, config.shard_bytes)
-        shards = final_shards(samples, (split, group), records, limits=limits, seed=config.seed)
-        rejects = reject_table(_reject_rows(listing, records, samples, expelled), listing.rejects)
-        return self._write_final(shards, samples, group, records), rejects
 
-    def _write_final(
-        self,
-        shards: Sequence[FinalShard],
-        samples: Samples,
-        group: NDArray[np.uint64],
-        records: Sequence[UnitRecord],
-    ) -> list[Written]:
-        rest = [shard for shard in shards if shard.record is None]
-        jobs = (repack_unit(self._store, samples, shard, group, records) for shard in rest)
-        total = sum(len(shard.members) for shard in rest)
-        written = iter(self._run("settle", repack, jobs, (), total))
-        return [Written(shard.split, shard.prefix, shard.record or next(written)) for shard in shards]
+    def run(self) -> _Content:
+        """Read what is not known, settle who is in, write the shards and tables that this changes."""
+        _check_train(self._config, self.listing.references["split"].to_numpy())
+        past = load_past(self._store, self._parent)
+        with Work(self._config, self._store, self._notify) as work:
+            known, samples, settled, packs = self._read_and_settle(work, past)
+            rejects = self._rejects(known, samples, settled)
+            self._guard(past, samples, settled, rejects)
+            shards = self._write(work, samples, settled, packs)
+        self._notify("tables", 0, 0)
+        stays = settled.split != SPLIT_UNSET
+        departed = past.departures(samples.key[stays], samples.digest[stays])
+        tables = put_tables(self._store, shards, self.listing.class_names, seed=self._config.seed)
+        return _Content(
+            classes=tables.classes,
+            shards=tables.shards,
+            samples=tables.samples,
+            rejects=put_table(self._store, rejects, REJECTS),
+            departed=put_table(self._store, departed, DEPARTED) if departed.num_rows else None,
+            class_table=tables.class_table,
+            num_images=tables.num_images,
+            notices=_notices(past, samples, settled, self.listing.class_names),
+        )
 
-    def _run(
-        self, stage: str, function: UnitFunction, jobs: Iterator[Unit], rest: tuple[Any, ...], total: int
-    ) -> list[UnitRecord]:
-        finished: dict[str, UnitRecord] = {}
-        order: list[str] = []
-        done = 0
+    def note(self, snapshot: Snapshot) -> None:
+        """Leave what the next build compares with, before the commit: a kill after it must not cost reading again."""
+        notes = Notes(
+            references=self.listing.references,
+            settings=self._settings,
+            listing=self._listed,
+            is_final=self._is_final,
+        )
+        if self._parent is not snapshot or self._notes is None or self._notes.listing != self._listed:
+            self._store.replace(notes_path(record_id(snapshot.record)), notes.encode())
 
-        def pending() -> Iterator[tuple[str, tuple[Any, ...]]]:
-            nonlocal done
-            for unit in jobs:
-                order.append(unit.digest)
-                if (record := find_unit_record(self._store, unit.digest)) is not None:
-                    finished[unit.digest] = record
-                    done += unit.members.num_rows
-                    continue
-                yield unit.name, (self._store.root, unit, *rest)
+    def _read_and_settle(self, work: Work, past: Past) -> tuple[Known, Samples, Settlement, tuple[Pack, ...]]:
+        """Until every image that stays is at hand: those that came back are read, which may settle things anew."""
+        references = self.listing.references
+        known = find_known(references, self._settings, self._notes, past, self._parent)
+        split = self._provisional(known, past)
+        while True:
+            self._read(work, split)
+            samples, packs = gather(self._store, references, known, past, self.records)
+            if not len(samples.key):
+                raise SourceError(_nothing_readable(self._config, self.listing, self.records))
+            settled = settle(samples, past, num_classes=len(self.listing.class_names), seed=self._config.seed)
+            split = to_fetch(samples, settled, references.num_rows)
+            if not np.any(split != SPLIT_UNSET):
+                return known, samples, settled, packs
+            known = known.without(np.flatnonzero(split != SPLIT_UNSET))
 
-        waiting = pending()
-        first = next(waiting, None)
-        if first is not None:
-            engine = self._engine()
-            self._notify(stage, done, total)
-            for item in engine.map(function, chain([first], waiting)):
-                if isinstance(item, UnitRecord):
-                    finished[item.digest] = item
-                else:
-                    done += item
-                self._notify(stage, done, total)
-        return [finished[digest] for digest in order]
+    def _provisional(self, known: Known, past: Past) -> Any:
+        """The split of everything that must be read, as far as names tell; int8 [references]."""
+        references = self.listing.references
+        given = references["split"].to_numpy()
+        before = past.split_of_key(references["key"].to_numpy())
+        split = assign(
+            references["class_id"].to_numpy(),
+            references["group"].to_numpy(),
+            np.where(given == SPLIT_UNSET, before, given).astype(np.int8),
+            num_classes=len(self.listing.class_names),
+            seed=self._config.seed,
+        )
+        wanted = np.full(references.num_rows, SPLIT_UNSET, np.int8)
+        wanted[known.to_read] = split[known.to_read]
+        return wanted
 
-    def _engine(self) -> Engine:
-        # Ray is imported, and started, only by builds that have something to do, and once.
-        if self._started is None:
-            from pipeline.ingest.engine import Engine
+    def _read(self, work: Work, split: Any) -> None:
+        config, total = self._config, int(np.count_nonzero(split != SPLIT_UNSET))
+        units = (unit.with_digest(self._settings) for unit in reading_units(self.listing.references, split, self._rule))
+        arguments = (self.listing.reader, config.check, config.limits)
+        self.records += work.run("read", pack_source, units, arguments, total)
 
-            self._notify("start", 0, 0)
-            self._started = self._open.enter_context(Engine(address=self._config.address, workers=self._config.workers))
-        return self._started
+    def _rejects(self, known: Known, samples: Samples, settled: Settlement) -> pa.Table:
+        before = self._parent.rejects if self._parent else None
+        read = read_rejects(self.listing, self.records, known, before)
+        self._is_final = not any(map(is_passing, read))
+        return reject_table(self.listing, read, (samples, settled))
 
+    def _guard(self, past: Past, samples: Samples, settled: Settlement, rejects: pa.Table) -> None:
+        number = self._parent.number if self._parent else 0
+        outlook = guards.Outlook(number, past, samples, settled, self.listing.class_names)
+        guards.check(self._config, outlook, rejects, self._num_listed())
+        _check_train(self._config, settled.split)
 
-def _provisional(
-    references: pa.Table, config: BuildConfig, listing: Listing
-) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
-    """Split, trie prefix and reference rows (ascending, so by key) of each unit, from names and sizes alone."""
-    key, size = references["key"].to_numpy(), references["size"].to_numpy()
-    split = assign(
-        references["class_id"].to_numpy(),
-        references["group"].to_numpy(),
-        references["split"].to_numpy(),
-        num_classes=len(listing.class_names),
-        seed=config.seed,
-    )
-    for code, name in enumerate(SPLITS):
-        members = np.flatnonzero(split == code)
-        hashes = shard_hash(key[members], split=name, seed=config.seed)
-        order = np.argsort(hashes)
-        members = members[order]
-        parts = leaves(hashes[order], size[members], max_samples=config.shard_samples, max_bytes=config.shard_bytes)
-        for leaf in parts:
-            yield name, leaf.prefix, np.sort(members[leaf.start : leaf.stop])
+    def _num_listed(self) -> int:
+        return self.listing.references.num_rows + self.listing.rejects.num_rows
+
+    def _write(self, work: Work, samples: Samples, settled: Settlement, packs: Sequence[Pack]) -> list[Written]:
+        shards = list(final_shards(samples, settled, packs, self._rule))
+        rest = [shard for shard in shards if shard.pack is None]
+        units = (repack_unit(samples, settled, packs, shard) for shard in rest)
+        written = iter(work.run("settle", repack, units, (), sum(len(shard.members) for shard in rest)))
+        return [Written(shard.split, shard.prefix, shard.pack or _pack(next(written))) for shard in shards]
 
 
-def _unit(references: pa.Table, split: str, prefix: str, rows: NDArray[np.int64]) -> Unit:
-    # take() copies just these rows: a slice would be pickled with all of the table behind it.
-    members = references.take(pa.array(rows)).combine_chunks()
-    return Unit(name=f"{split}-{prefix or 'all'}", split=split, members=members)
+def _pack(record: UnitRecord) -> Pack:
+    assert record.pack is not None, record  # it has members
+    return record.pack
 
 
 def _check_parent(config: BuildConfig, parent: Snapshot | None) -> None:
@@ -270,6 +253,21 @@ def _check_parent(config: BuildConfig, parent: Snapshot | None) -> None:
             f"{config.root} was built with seed {parent.record.seed}, this build asks for {config.seed}: "
             "splits and shards would all change; keep the seed or choose an empty ROOT"
         )
+
+
+def _check_train(config: BuildConfig, split: Any) -> None:
+    """Manifests are drawn from train. Before reading, ``split`` is what the source gives, and may be open."""
+    found = {SPLITS[code] for code in np.unique(split).tolist() if code != SPLIT_UNSET}
+    if found and SPLITS[TRAIN] not in found and not np.any(split == SPLIT_UNSET):
+        raise SourceError(_no_train(config, sorted(found)))
+
+
+def _no_train(config: BuildConfig, found: Sequence[str]) -> str:
+    return (
+        f"{redact(config.source)} has no image in train, only in {' and '.join(found)}: there is nothing to draw an "
+        "epoch from; add images to train, or let this build choose the splits (--split-from none). "
+        "Nothing was published"
+    )
 
 
 def _with_class_ids_of(parent: Snapshot | None, listing: Listing) -> Listing:
@@ -290,59 +288,33 @@ def _with_class_ids_of(parent: Snapshot | None, listing: Listing) -> Listing:
     return dataclasses.replace(listing, references=references, class_names=names)
 
 
+def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
+    """What decides how the bytes of one file are judged, and which files those are."""
+    # Two sources may hold files of the same names, sizes and times: finished work belongs to one of them.
+    place = listing.reader.place
+    return {
+        "source": f"{place.protocol}:{redact(place.path)}",
+        "check": config.check,
+        **dataclasses.asdict(config.limits),
+        "pillow": version("pillow"),
+        "evenshard": version("evenshard"),
+    }
+
+
+def _listing_digest(config: BuildConfig, listing: Listing) -> str:
+    """SHA-256 over all that the source showed and was asked, fingerprints included."""
+    meaning = {name: value for name, value in config.meaning().items() if name != "manifests"}
+    digest = hashlib.sha256(json.dumps([meaning, listing.class_names], sort_keys=True).encode())
+    digest.update(table_to_ipc(listing.rejects))
+    digest.update(table_to_ipc(listing.references))
+    return digest.hexdigest()
+
+
 def _nothing_readable(config: BuildConfig, listing: Listing, records: Sequence[UnitRecord]) -> str:
     reasons = Counter(reason for record in records for _, reason, _, _ in record.rejects)
     reasons.update(listing.rejects["reason"].to_pylist())
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     return f"no readable image in {redact(config.source)}: {told}; nothing was published"
-
-
-def _reject_rows(
-    listing: Listing, records: Sequence[UnitRecord], samples: Samples, expelled: Expelled
-) -> Iterator[RejectRow]:
-    references = listing.references
-    keys = references["key"].to_numpy()
-
-    def row(key: int, reason: str, detail: str, sha256: str) -> RejectRow:
-        place = int(np.searchsorted(keys, np.uint64(key)))
-        label = listing.class_names[references["class_id"][place].as_py()]
-        code = references["split"][place].as_py()
-        split = "" if code == SPLIT_UNSET else SPLITS[code]
-        return (references["path"][place].as_py(), f"{key:016x}", label, split, reason, detail, sha256)
-
-    for record in records:
-        for path, reason, detail, sha256 in record.rejects:
-            yield row(text_key(path), reason, detail, sha256)
-    for sample, other, reason in zip(expelled.sample.tolist(), expelled.other.tolist(), expelled.reason, strict=True):
-        detail = "a member of its group is in an earlier split"
-        if other >= 0:
-            place = int(np.searchsorted(keys, samples.key[other]))
-            detail = f"same bytes as {references['path'][place].as_py()}"
-        sha256 = samples.digest[sample].astype(">u8").tobytes().hex()
-        yield row(int(samples.key[sample]), str(reason), detail, sha256)
-
-
-def _guard(config: BuildConfig, parent: Snapshot | None, tables: Tables, rejects: pa.Table, listing: Listing) -> None:
-    """Refuse to publish what is probably an accident."""
-    if parent is not None and "class-vanished" not in config.allow:
-        before, now = parent.classes["count"].to_numpy(), tables.class_table["count"].to_numpy()
-        gone = np.flatnonzero((before > 0) & (now[: len(before)] == 0))
-        if len(gone):
-            shown = ", ".join(listing.class_names[i] for i in gone[:5])
-            raise CommitError(
-                f"{len(gone)} of {int((before > 0).sum())} classes of snapshot {parent.number} of {config.root} "
-                f"have no image in this source ({shown}{', ...' if len(gone) > 5 else ''}); another collection needs "
-                "another ROOT; if the classes are meant to go, use --allow class-vanished. Nothing was published"
-            )
-    if config.max_rejects is not None and "rejects" not in config.allow:
-        lost = sum(reason not in _NOT_LOST for reason in rejects["reason"].to_pylist())
-        listed = listing.references.num_rows + listing.rejects.num_rows
-        limit = config.max_rejects if isinstance(config.max_rejects, int) else config.max_rejects * listed
-        if lost > limit:
-            raise CommitError(
-                f"{lost} of {listed} entries were rejected, more than --max-rejects {config.max_rejects} allows; "
-                "nothing was published"
-            )
 
 
 def _build_id(config: BuildConfig, listing: Listing) -> str:
@@ -358,55 +330,21 @@ def _content(record: SnapshotRecord) -> bytes:
     return encode_record(dataclasses.replace(record, number=1, parent="", build_id="", config={}, created_by=""))
 
 
-def _summary(
-    config: BuildConfig,
-    listing: Listing,
-    records: Sequence[UnitRecord],
-    snapshot: Snapshot,
-    outcome: tuple[bool, float],
-) -> BuildSummary:
-    fresh = [record for record in records if not record.reused]
-    classes = snapshot.classes
-    return BuildSummary(
-        root=snapshot.store.url,
-        number=snapshot.number,
-        changed=outcome[0],
-        num_images=snapshot.record.num_images,
-        num_classes=snapshot.record.num_classes,
-        num_rejects=snapshot.record.num_rejects,
-        rejects=dict(sorted(Counter(snapshot.rejects["reason"].to_pylist()).items())),
-        splits={split: int(classes[split].to_numpy().sum()) for split in SPLITS},
-        manifests={name: snapshot.manifest(name).num_draws for name in snapshot.manifests},
-        description=describe(classes["count"].to_numpy()),
-        num_read=sum(record.num_images for record in fresh),
-        read_bytes=sum(record.num_bytes for record in fresh),
-        num_units=len(records),
-        num_reused_units=len(records) - len(fresh),
-        elapsed_s=time.time() - outcome[1],
-        notices=listing.notices,
-    )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None  # a rebuild that has nothing to do needs no Ray
-
-
-def _log_run(store: Store, config: BuildConfig, summary: BuildSummary, started_s: float) -> None:
-    """When, where, from which URL: beside the snapshot, never in it."""
-    body = {
-        "started_s": int(started_s),
-        "elapsed_s": round(summary.elapsed_s, 3),
-        "host": platform.node(),
-        "source": redact(config.source),
-        "snapshot": summary.number,
-        "changed": summary.changed,
-        "num_read": summary.num_read,
-        "config": config.meaning(),
-        "versions": {name: _version(name) for name in ("evenshard", "ray", "pyarrow", "pillow", "numpy", "fsspec")},
-        "python": platform.python_version(),
-    }
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started_s))
-    store.create(f"runs/builds/{stamp}-{os.urandom(4).hex()}.json", json.dumps(body, indent=1, sort_keys=True).encode())
+def _notices(past: Past, samples: Samples, settled: Settlement, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """What is no error and should be known: classes that cannot train, images that the source moved."""
+    told: list[str] = []
+    stays = settled.split != SPLIT_UNSET
+    counts = np.bincount(samples.class_id[stays], minlength=len(class_names))
+    in_train = np.bincount(samples.class_id[settled.split == TRAIN], minlength=len(class_names))
+    bare = np.flatnonzero((counts > 0) & (in_train == 0))
+    if len(bare):
+        shown = ", ".join(class_names[c] for c in bare[:5]) + (", ..." if len(bare) > 5 else "")
+        told.append(
+            f"{len(bare)} class(es) have images, but none in train ({shown}): all of theirs were held out before, or "
+            "by the source, and no image moves; new images of them will train"
+        )
+    before = past.split_of(samples.key, samples.digest)
+    moved = int(np.count_nonzero(stays & (before != SPLIT_UNSET) & (before != settled.split)))
+    if moved:
+        told.append(f"{moved} image(s) are in another split than before, because the source says so")
+    return tuple(told)

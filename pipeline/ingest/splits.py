@@ -1,8 +1,9 @@
-"""Train / val / test: duplicates and groups stay together, singletons are safe.
+"""Train / val / test: duplicates and groups stay together, nobody moves, singletons are safe.
 
-Comes in: arrays over all samples. Goes out: a split code per sample, and which samples must leave the snapshot.
-Guarantees: no group straddles splits; every class that has a sample has one in train, unless the source chose the
-splits itself; the answer depends on the set of samples, never on their order.
+Comes in: arrays over all samples, and the splits that some of them have already. Goes out: a split code per sample, and
+which samples must leave the snapshot. Guarantees: no group straddles splits; a sample that has a split keeps it or
+leaves; new groups fill the free places of val and test; every class that has a sample has one in train, unless the
+source chose the splits, or all that the class has was held out before; the order of samples changes nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ class Duplicates:
 
 
 def find_duplicates(
-    digest: NDArray[np.uint64], key: NDArray[np.uint64], class_id: NDArray[np.int32], split: NDArray[np.int8]
+    digest: NDArray[np.uint64],
+    key: NDArray[np.uint64],
+    class_id: NDArray[np.int32],
+    split: NDArray[np.int8],
+    incumbent: NDArray[np.bool_],
 ) -> Duplicates:
     """Group samples by the SHA-256 of their bytes (``digest``: uint64 [n, 4]) and judge each group.
 
-    One class: the copy with the smallest key in the first split (train, val, test) stays. ``split`` may be all
-    ``SPLIT_UNSET``: then no copy can leak.
+    One class: the copy in the first split (train, val, test, ``SPLIT_UNSET``) stays; of several, the one that was in
+    the snapshot before (``incumbent``), else the one with the smallest key. A copy with another split leaks.
     """
     num = len(key)
     conflict, leak, duplicate = (np.zeros(num, dtype=bool) for _ in range(3))
@@ -45,7 +50,9 @@ def find_duplicates(
     suspects = _repeated(digest[:, 0])
     if not len(suspects):
         return Duplicates(conflict, leak, duplicate, keeper)
-    order = suspects[np.lexsort((key[suspects], split[suspects], *digest[suspects].T[::-1]))]
+    place = _ranked(split)
+    preference = (key[suspects], ~incumbent[suspects], place[suspects])
+    order = suspects[np.lexsort((*preference, *digest[suspects].T[::-1]))]
     ranked = digest[order]
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = np.any(ranked[1:] != ranked[:-1], axis=1)
@@ -54,12 +61,18 @@ def find_duplicates(
     conflicted = np.bincount(run, weights=class_id[order] != class_id[first])[run] > 0
     second = order[np.minimum(np.flatnonzero(starts)[run] + 1, len(order) - 1)]
     later = ~starts & ~conflicted
+    elsewhere = (place[order] != place[first]) & (split[order] != SPLIT_UNSET)
     conflict[order] = conflicted
-    leak[order] = later & (split[order] != split[first])
-    duplicate[order] = later & (split[order] == split[first])
+    leak[order] = later & elsewhere
+    duplicate[order] = later & ~elsewhere
     # A conflict's first copy names the second, so that every row of the table leads to another file.
     keeper[order] = np.where(conflicted | later, np.where(order == first, second, first), -1)
     return Duplicates(conflict, leak, duplicate, keeper)
+
+
+def _ranked(split: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Splits in their order, those that are open last."""
+    return np.where(split == SPLIT_UNSET, len(SPLITS), split).astype(np.int8)
 
 
 def _repeated(word: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -93,32 +106,37 @@ def join_groups(group: NDArray[np.uint64], first: NDArray[np.uint64], second: ND
 
 
 def straddlers(group: NDArray[np.uint64], split: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Samples whose group already has a member in an earlier split: keeping them would leak. ``split`` is fully set."""
+    """Samples whose group has a member in an earlier split: keeping them would leak. Open ones (unset) never do."""
     _, inverse = np.unique(group, return_inverse=True)
+    place = _ranked(split)
     earliest = np.full(inverse.max(initial=-1) + 1, len(SPLITS), dtype=np.int8)
-    np.minimum.at(earliest, inverse, split)
-    return split != earliest[inverse]
+    np.minimum.at(earliest, inverse, place)
+    return (split != SPLIT_UNSET) & (place != earliest[inverse])
 
 
 def assign(
-    class_id: NDArray[np.int32], group: NDArray[np.uint64], given: NDArray[np.int8], *, num_classes: int, seed: int
+    class_id: NDArray[np.int32], group: NDArray[np.uint64], fixed: NDArray[np.int8], *, num_classes: int, seed: int
 ) -> NDArray[np.int8]:
-    """A split for every sample; ``given`` (``SPLIT_UNSET`` where open) takes precedence, for a whole group.
+    """A split for every sample. ``fixed`` (``SPLIT_UNSET`` where open) is kept, and holds for the whole group.
 
-    A class with one group is train only; with two, one is held out; from three, min(20, max(1, floor(G/10))) groups go
-    to val and as many to test. A group of several classes counts for the class with the fewest groups.
+    Of the G groups of a class, t = min(20, max(1, floor(G/10))) belong in val and as many in test; of two groups, one
+    is held out; one alone trains. Groups without a split fill what is free of these places, in the order of their keyed
+    hash; the rest train. Nothing that has a split moves, so a class may hold more than its places, or fewer for a time.
+    A class without a group in train gets its first new one there. A group of several classes counts for the one with
+    the fewest groups.
     """
     groups, inverse = np.unique(group, return_inverse=True)
-    fixed = np.full(len(groups), len(SPLITS), dtype=np.int8)
-    known = given != SPLIT_UNSET
-    np.minimum.at(fixed, inverse[known], given[known])
-    chosen = np.where(fixed < len(SPLITS), fixed, TRAIN).astype(np.int8)
-    open_groups = np.flatnonzero(fixed == len(SPLITS))
-    if len(open_groups):
-        home = _home_classes(inverse, class_id, len(groups), num_classes)
-        rank_key = keyed_hash(derive(seed_key(seed), _TAG_GROUP), groups)
-        chosen[open_groups] = _hold_out(home[open_groups], rank_key[open_groups], num_classes, seed)
-        _return_to_train(chosen, fixed, inverse, class_id, rank_key, num_classes)
+    known = np.full(len(groups), len(SPLITS), dtype=np.int8)
+    np.minimum.at(known, inverse, _ranked(fixed))
+    is_open = known == len(SPLITS)
+    if not is_open.any():
+        return known[inverse]
+    home = _home_classes(inverse, class_id, len(groups), num_classes)
+    rank_key = keyed_hash(derive(seed_key(seed), _TAG_GROUP), groups)
+    free = _free_places(home, known, num_classes, seed)
+    chosen = known.copy()
+    chosen[is_open] = _fill(home[is_open], rank_key[is_open], free)
+    _return_to_train(chosen, is_open, inverse, class_id, rank_key)
     return chosen[inverse]
 
 
@@ -138,22 +156,38 @@ def _home_classes(
     return of_class[order][first].astype(np.int32)
 
 
-def _hold_out(home: NDArray[np.int32], rank_key: NDArray[np.uint64], num_classes: int, seed: int) -> NDArray[np.int8]:
-    order = np.lexsort((rank_key, home))
-    count = np.bincount(home, minlength=num_classes).astype(np.int32)
-    place = home[order]
-    rank = np.arange(len(home), dtype=np.int32) - (np.cumsum(count, dtype=np.int32) - count)[place]
-    held = np.minimum(MAX_HELD_OUT_GROUPS, np.maximum(1, count // 10)).astype(np.int32)
-    held[count == 1] = 0
-    first, second = rank < held[place], rank < 2 * held[place]
+def _free_places(
+    home: NDArray[np.int32], known: NDArray[np.int8], num_classes: int, seed: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many open groups of each class go to val, and how many to test: int32 [num_classes] each."""
+    total = np.bincount(home, minlength=num_classes)
+    taken = [np.bincount(home[known == code], minlength=num_classes) for code in range(len(SPLITS))]
+    held = np.minimum(MAX_HELD_OUT_GROUPS, np.maximum(1, total // 10))
+    val, test = held - taken[VAL], held - taken[TEST]
     # Of two groups one is held out: for val or for test, by a hash of the class, so that both get their share.
     class_key = keyed_hash(derive(seed_key(seed), _TAG_CLASS), np.arange(num_classes, dtype=np.uint64))
-    of_two = np.where(class_key & np.uint64(1), TEST, VAL).astype(np.int8)[place]
-    pair = count[place] == 2
+    for_test = (class_key & np.uint64(1)).astype(bool)
+    pair, pair_free = total == 2, taken[VAL] + taken[TEST] == 0
+    val = np.where(pair, pair_free & ~for_test, val)
+    test = np.where(pair, pair_free & for_test, test)
+    # One group alone trains, and a class that has nothing in train gets its first new group there.
+    spare = np.bincount(home[known == len(SPLITS)], minlength=num_classes) - (taken[TRAIN] == 0)
+    val = np.clip(val, 0, np.maximum(spare, 0))
+    test = np.clip(test, 0, np.maximum(spare - val, 0))
+    alone = total == 1
+    return np.where(alone, 0, val).astype(np.int32), np.where(alone, 0, test).astype(np.int32)
+
+
+def _fill(
+    home: NDArray[np.int32], rank_key: NDArray[np.uint64], free: tuple[NDArray[np.int32], NDArray[np.int32]]
+) -> NDArray[np.int8]:
+    order = np.lexsort((rank_key, home))
+    place = home[order]
+    rank = np.arange(len(home)) - np.searchsorted(place, place)
+    val, test = free[0][place], free[1][place]
     split = np.full(len(home), TRAIN, dtype=np.int8)
-    split[second & ~pair] = TEST
-    split[first] = VAL
-    split[first & pair] = of_two[first & pair]
+    split[rank < val + test] = TEST
+    split[rank < val] = VAL
     result = np.empty(len(home), dtype=np.int8)
     result[order] = split
     return result
@@ -161,16 +195,16 @@ def _hold_out(home: NDArray[np.int32], rank_key: NDArray[np.uint64], num_classes
 
 def _return_to_train(
     chosen: NDArray[np.int8],
-    fixed: NDArray[np.int8],
+    is_open: NDArray[np.bool_],
     inverse: NDArray[np.int64],
     class_id: NDArray[np.int32],
     rank_key: NDArray[np.uint64],
-    num_classes: int,
 ) -> None:
     """Groups of several classes can hold out all that one class has: such a class gets its first open group back."""
+    num_classes = int(class_id.max(initial=-1)) + 1
     in_train = np.bincount(class_id[chosen[inverse] == TRAIN], minlength=num_classes)
     bare = (np.bincount(class_id, minlength=num_classes) > 0) & (in_train == 0)
-    member = np.flatnonzero(bare[class_id] & (fixed[inverse] == len(SPLITS)))
+    member = np.flatnonzero(bare[class_id] & is_open[inverse])
     order = member[np.lexsort((rank_key[inverse[member]], class_id[member]))]
     _, first = np.unique(class_id[order], return_index=True)
     chosen[inverse[order[first]]] = TRAIN

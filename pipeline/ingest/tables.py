@@ -1,4 +1,4 @@
-"""Finished shards -> the tables of a snapshot: samples per split, classes, shards, rejects.
+"""Finished shards -> the tables of a snapshot: samples per split, classes, shards.
 
 Comes in: final shards in order, and their indexes. Goes out: Arrow tables in the shapes of ``schema``. Guarantees:
 class c owns a contiguous range of its split's sample table, in keyed-hash order; row numbers of the shard table are the
@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.ingest.settle import index_keys
-from pipeline.ingest.shards import UnitRecord, read_index, shard_hash
 from pipeline.ingest.stats import ClassStats, class_table
-from pipeline.schema import CLASSES, REJECTS, SAMPLES, SHARDS, SPLITS, FileRef
+from pipeline.ingest.trie import shard_hash
+from pipeline.ingest.units import Pack, index_keys, read_index
+from pipeline.schema import CLASSES, SAMPLES, SHARDS, SPLITS, FileRef
 from pipeline.store import Store, put_table
 
 
@@ -28,7 +28,7 @@ class Written:
 
     split: str
     prefix: str
-    record: UnitRecord
+    pack: Pack
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ def put_tables(store: Store, shards: Sequence[Written], class_names: Sequence[st
         shards=put_table(store, _shard_table(shards), SHARDS),
         samples=samples,
         class_table=classes,
-        num_images=sum(shard.record.index.num_rows for shard in shards if shard.record.index),
+        num_images=sum(shard.pack.index.num_rows for shard in shards),
     )
 
 
 def _sample_table(
     store: Store, numbered: Sequence[tuple[int, Written]], split: str, num_classes: int, seed: int
 ) -> tuple[pa.Table, ClassStats]:
-    total = sum(shard.record.index.num_rows for _, shard in numbered if shard.record.index)
+    total = sum(shard.pack.index.num_rows for _, shard in numbered)
     columns: dict[str, NDArray[Any]] = {item.name: np.empty(total, item.type.to_pandas_dtype()) for item in SAMPLES}
     class_id, key = np.empty(total, np.int32), np.empty(total, np.uint64)
     start = 0
     for number, shard in numbered:
-        index = read_index(store, shard.record)
+        index = read_index(store, shard.pack)
         part = slice(start, start := start + index.num_rows)
         class_id[part], key[part] = index["class_id"].to_numpy(), index_keys(index)
         columns["shard"][part], columns["row"][part] = number, np.arange(index.num_rows)
@@ -87,21 +87,9 @@ def _sample_table(
 def _shard_table(shards: Iterable[Written]) -> pa.Table:
     rows: list[tuple[str, str, int, str, int, str, int]] = []
     for shard in shards:
-        tar, index = shard.record.tar, shard.record.index
-        assert tar is not None, shard  # an empty unit is no shard
-        assert index is not None, shard
+        tar, index = shard.pack.tar, shard.pack.index
         rows.append((shard.split, shard.prefix, tar.num_rows, tar.sha256, tar.size, index.sha256, index.size))
     return _from_rows(rows, SHARDS)
-
-
-RejectRow = tuple[str, str, str, str, str, str, str]
-"""A row in the column order of ``schema.REJECTS``."""
-
-
-def reject_table(rows: Iterable[RejectRow], listed: pa.Table) -> pa.Table:
-    """Rejects found while reading and settling, together with those of the listing, sorted."""
-    table = pa.concat_tables([listed.cast(REJECTS), _from_rows(list(rows), REJECTS)])
-    return table.sort_by([("path", "ascending"), ("reason", "ascending"), ("detail", "ascending")])
 
 
 def _from_rows(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:

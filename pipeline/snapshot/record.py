@@ -43,12 +43,17 @@ def _to_json(record: SnapshotRecord) -> dict[str, Any]:
         values[name] = values[name].to_json()
     for name in ("samples", "manifests"):
         values[name] = {key: ref.to_json() for key, ref in values[name].items()}
+    departed = values.pop("departed")
+    if record.format_version > 1:  # version 1 knew no such key, and its id is over its own spelling
+        values["departed"] = departed.to_json() if departed else None
     _refuse_floats(values, "record")
     return values
 
 
 def _from_json(values: Mapping[str, Any]) -> SnapshotRecord:
     known, found = {field.name for field in fields(SnapshotRecord)}, set(values)
+    if values["format_version"] == 1:
+        known.discard("departed")
     _expect(found == known, f"missing keys {sorted(known - found)}, unknown keys {sorted(found - known)}")
     made = dict(values)
     for name in ("number", "seed", "num_images", "num_classes", "num_rejects"):
@@ -59,6 +64,8 @@ def _from_json(values: Mapping[str, Any]) -> SnapshotRecord:
         made[name] = _ref(made[name], name)
     for name in ("samples", "manifests"):
         made[name] = {key: _ref(value, f"{name}.{key}") for key, value in made[name].items()}
+    if made.get("departed") is not None:
+        made["departed"] = _ref(made["departed"], "departed")
     _expect(made["samples"].keys() <= set(SPLITS), f"splits must be among {SPLITS}, found {list(made['samples'])}")
     _expect(type(made["config"]) is dict, f"config must be an object, found {made['config']!r}")
     return SnapshotRecord(**made)

@@ -12,6 +12,7 @@ from pipeline.errors import EvenshardError, IntegrityError, NotFoundError, Usage
 from pipeline.keyed import text_key
 from pipeline.schema import (
     CLASSES,
+    DEPARTED,
     INDEX,
     REJECTS,
     SAMPLES,
@@ -96,6 +97,8 @@ class _Proof:
             "shards": self.files.table(record.shards, SHARDS),
             "rejects": self.files.table(record.rejects, REJECTS),
         }
+        if record.departed is not None:
+            self.files.table(record.departed, DEPARTED)
         tables.check_record(record, found, self._path, self.findings)
         classes, shards = found["classes"], found["shards"]
         if classes is not None:

@@ -1,0 +1,184 @@
+"""What need not be read: the fingerprints that the newest snapshot was built from, compared with a new listing.
+
+Comes in: a listing, the newest snapshot, and the notes that its build left in ``runs/sources/``. Goes out: for every
+listed file, where it is in that snapshot - a row, or a reject that stands - or that it must be read. Guarantees: notes
+say only which fingerprint a file had; everything else comes from the checked files of the snapshot. Notes that are
+missing, damaged, of another place or of other rules cost reading again, and change nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import IntegrityError, StoreError
+from pipeline.ingest.past import Lookup, Past
+from pipeline.schema import REFERENCES, FileRef, Reason
+from pipeline.snapshot import Snapshot
+from pipeline.store import Store, ipc_to_table, make_ref, table_to_ipc
+
+NOTES_FORMAT_VERSION = 1
+
+_SETTLED = frozenset({Reason.DUPLICATE_OF, Reason.LABEL_CONFLICT, Reason.LEAK})
+"""Rejects of readable images: they come back when what expelled them goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """The listing that a snapshot was built from, and the rules under which its files were read."""
+
+    references: pa.Table
+    settings: Mapping[str, Any]  # of reading: place, check, limits, versions
+    listing: str  # digest of everything that the listing said
+    is_final: bool  # no file was refused for a reason that may pass by itself
+
+    def encode(self) -> bytes:
+        body = table_to_ipc(self.references)
+        head = {
+            "format": "evenshard-listing",
+            "format_version": NOTES_FORMAT_VERSION,
+            "settings": self.settings,
+            "listing": self.listing,
+            "is_final": self.is_final,
+            "references": make_ref(body, self.references.num_rows).to_json() | {"blocks": ""},
+        }
+        return json.dumps(head, sort_keys=True).encode() + b"\n" + body
+
+
+def notes_path(snapshot_id: str) -> str:
+    """Where the notes on the snapshot with this id lie below ROOT; written before it is published."""
+    return f"runs/sources/{snapshot_id}.listing"
+
+
+def read_notes(store: Store, snapshot_id: str) -> Notes | None:
+    """The notes on a snapshot; None if there are none that can be used."""
+    path = notes_path(snapshot_id)
+    try:
+        head, _, body = store.read(path).partition(b"\n")
+        values = json.loads(head)
+        ref = FileRef.from_json(values["references"])
+        if values["format_version"] != NOTES_FORMAT_VERSION or hashlib.sha256(body).hexdigest() != ref.sha256:
+            return None
+        table = ipc_to_table(body, REFERENCES, path)
+        return Notes(
+            references=table,
+            settings=dict(values["settings"]),
+            listing=str(values["listing"]),
+            is_final=values["is_final"] is True,
+        )
+    except (StoreError, IntegrityError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Known:
+    """For each row of REFERENCES: its row in the past, or the row of the parent's rejects that stands; else -1.
+
+    ``digest`` (uint64 [n, 4]) is of the bytes where ``expelled``: readable, but with no row to copy them from.
+    """
+
+    row: NDArray[np.int64]
+    reject: NDArray[np.int64]
+    expelled: NDArray[np.bool_]
+    digest: NDArray[np.uint64]
+
+    @property
+    def to_read(self) -> NDArray[np.int64]:
+        """Rows of REFERENCES that nothing is known of."""
+        return np.flatnonzero((self.row < 0) & (self.reject < 0) & ~self.expelled)
+
+    def without(self, references: NDArray[np.int64]) -> Known:
+        """The same, with these rows to be read."""
+        row, reject, expelled = self.row.copy(), self.reject.copy(), self.expelled.copy()
+        row[references], reject[references], expelled[references] = -1, -1, False
+        return replace(self, row=row, reject=reject, expelled=expelled)
+
+
+def nothing_known(num_references: int) -> Known:
+    """All must be read."""
+    unknown = np.full(num_references, -1, np.int64)
+    return Known(unknown, unknown.copy(), np.zeros(num_references, np.bool_), np.zeros((num_references, 4), np.uint64))
+
+
+def find_known(
+    references: pa.Table, settings: Mapping[str, Any], notes: Notes | None, past: Past, parent: Snapshot | None
+) -> Known:
+    """What the past says of each listed file whose fingerprint is the one in the notes."""
+    known = nothing_known(references.num_rows)
+    if notes is None or parent is None or not _comparable(settings, notes.settings):
+        return known
+    keys = references["key"].to_numpy()
+    same = _unchanged(references, notes.references)
+    row = past.find(keys)
+    usable = same & (row >= 0)
+    usable[usable] = _still_accepted(settings, notes.settings, past.num_pixels[row[usable]])
+    known.row[usable] = row[usable]
+    same_rules = settings == notes.settings
+    rejected = _Rejected.of(parent.rejects)
+    place = rejected.find(keys)
+    candidate = np.flatnonzero(same & (row < 0) & (place >= 0))
+    # Where splits, labels or neighbours put a readable file out, no rule of reading is asked, unless it is a new one.
+    expelled = candidate[rejected.settled[place[candidate]]] if same_rules else candidate[:0]
+    known.expelled[expelled] = True
+    known.digest[expelled] = rejected.digest[place[expelled]]
+    if same_rules:
+        stands = candidate[~rejected.settled[place[candidate]]]
+        known.reject[stands] = rejected.row[place[stands]]
+    return known
+
+
+def _comparable(settings: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether files that were read under ``before`` can be known at all."""
+    free = ("check", "max_pixels")
+    return {k: v for k, v in settings.items() if k not in free} == {k: v for k, v in before.items() if k not in free}
+
+
+def _still_accepted(
+    settings: Mapping[str, Any], before: Mapping[str, Any], num_pixels: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Who was accepted under ``before`` and surely is now: a decoded image has passed the header check as well."""
+    checked = settings["check"] == before["check"] or before["check"] == "decode"
+    return (num_pixels <= settings["max_pixels"]) & np.bool_(checked)
+
+
+def _unchanged(references: pa.Table, before: pa.Table) -> NDArray[np.bool_]:
+    place = Lookup.of(before["key"].to_numpy()).find(references["key"].to_numpy())
+    same = place >= 0
+    for name in ("size", "fingerprint"):
+        same &= references[name].to_numpy() == before[name].to_numpy()[place] if before.num_rows else False
+    return same
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    """Rejects whose bytes were read, so that a fingerprint vouches for them."""
+
+    row: NDArray[np.int64]  # of the rejects table
+    settled: NDArray[np.bool_]
+    digest: NDArray[np.uint64]
+    lookup: Lookup
+
+    @classmethod
+    def of(cls, rejects: pa.Table) -> _Rejected:
+        reasons = rejects["reason"].to_pylist()
+        texts = rejects["sha256"].to_pylist()
+        # A file that changed while it was read has been seen in part: its bytes say nothing of the next time.
+        rows = [i for i, text in enumerate(texts) if text and reasons[i] != Reason.CHANGED]
+        keys = bytes.fromhex("".join(rejects["key"].take(pa.array(rows, pa.int64())).to_pylist()))
+        digests = bytes.fromhex("".join(texts[i] for i in rows))
+        return cls(
+            np.array(rows, np.int64),
+            np.array([reasons[i] in _SETTLED for i in rows], np.bool_),
+            np.frombuffer(digests, ">u8").reshape(-1, 4).astype(np.uint64),
+            Lookup.of(np.frombuffer(keys, ">u8").astype(np.uint64)),
+        )
+
+    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return self.lookup.find(keys)

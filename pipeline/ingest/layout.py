@@ -1,0 +1,150 @@
+"""Which shard holds whom: units to be read, and final shards, most of them files that exist already.
+
+Comes in: references and their splits, or settled samples and the packs that hold them. Goes out: units of work.
+Guarantees: a final shard is a leaf of the trie over the images of its split, wherever they came from;
+one that is row by row an existing pack keeps its files; nothing is read from the source again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.ingest.known import Known
+from pipeline.ingest.past import Past
+from pipeline.ingest.settle import Samples, Settlement
+from pipeline.ingest.trie import leaves, shard_hash
+from pipeline.ingest.units import Pack, Part, Repack, Unit, UnitRecord, index_digests, index_keys, read_index
+from pipeline.schema import SPLIT_UNSET, SPLITS
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class ShardRule:
+    """When a trie node is divided; ``seed`` keys its hashes."""
+
+    max_samples: int
+    max_bytes: int
+    seed: int
+
+    def divide(
+        self, split: NDArray[np.int8], key: NDArray[np.uint64], size: NDArray[np.int64]
+    ) -> Iterator[tuple[str, str, NDArray[np.int64]]]:
+        """Split, trie prefix and members (ascending) of each leaf, in order; those without a split are in none."""
+        for code, name in enumerate(SPLITS):
+            members = np.flatnonzero(split == code)
+            hashes = shard_hash(key[members], split=name, seed=self.seed)
+            order = np.argsort(hashes)
+            members = members[order]
+            for leaf in leaves(hashes[order], size[members], max_samples=self.max_samples, max_bytes=self.max_bytes):
+                yield name, leaf.prefix, np.sort(members[leaf.start : leaf.stop])
+
+
+def reading_units(references: pa.Table, split: NDArray[np.int8], rule: ShardRule) -> Iterator[Unit]:
+    """Units that read the references that have a split (int8 [rows], ``SPLIT_UNSET`` for those left out).
+
+    On a first build these are the final shards, as far as names and sizes can tell.
+    """
+    for name, prefix, rows in rule.divide(split, references["key"].to_numpy(), references["size"].to_numpy()):
+        # take() copies just these rows: a slice would be pickled with all of the table behind it.
+        members = references.take(pa.array(rows)).combine_chunks()
+        yield Unit(name=f"{name}-{prefix or 'all'}", split=name, members=members)
+
+
+def gather(
+    store: Store, references: pa.Table, known: Known, past: Past, records: Sequence[UnitRecord]
+) -> tuple[Samples, tuple[Pack, ...]]:
+    """All images whose bytes are known, and the packs that hold them: those of the past, then those read now."""
+    packs = list(past.packs)
+    old = np.flatnonzero(known.row >= 0)
+    row = known.row[old]
+    held = [(past.pack[row], past.row[row], past.class_id[row], past.split[row], past.group[row])]
+    rows, digests = [old], [past.digest[row]]
+    out = np.flatnonzero(known.expelled)
+    nowhere = np.full(len(out), -1, np.int32)
+    held.append((nowhere, nowhere, nowhere, nowhere.astype(np.int8), np.zeros(len(out), np.uint64)))
+    rows.append(out)
+    digests.append(known.digest[out])
+    keys = references["key"].to_numpy()
+    for record in records:
+        if record.pack is None:
+            continue
+        index = read_index(store, record.pack)
+        number = np.full(index.num_rows, len(packs), np.int32)
+        code = np.full(index.num_rows, SPLITS.index(index["split"][0].as_py()), np.int8)
+        packs.append(record.pack)
+        place = np.arange(index.num_rows, dtype=np.int32)
+        held.append((number, place, index["class_id"].to_numpy(), code, index["group"].to_numpy()))
+        rows.append(np.searchsorted(keys, index_keys(index)))
+        digests.append(index_digests(index))
+    pack, place, held_class, held_split, held_group = (np.concatenate(part) for part in zip(*held, strict=True))
+    reference = np.concatenate(rows)
+    samples = Samples(
+        reference=reference,
+        key=keys[reference],
+        class_id=references["class_id"].to_numpy()[reference],
+        given=references["split"].to_numpy()[reference],
+        group=references["group"].to_numpy()[reference],
+        size=references["size"].to_numpy()[reference],
+        digest=np.concatenate(digests),
+        pack=pack,
+        row=place,
+        held_class=held_class,
+        held_split=held_split,
+        held_group=held_group,
+    )
+    return samples, tuple(packs)
+
+
+@dataclass(frozen=True)
+class FinalShard:
+    """One shard of the snapshot: ``pack`` if its files are there, else it is still to be written by ``repack``."""
+
+    split: str
+    prefix: str
+    members: NDArray[np.int64]  # sample numbers
+    pack: Pack | None
+
+
+def final_shards(samples: Samples, settled: Settlement, packs: Sequence[Pack], rule: ShardRule) -> Iterator[FinalShard]:
+    """Divide every split's images; a leaf that is row by row one existing pack keeps its files."""
+    unchanged = (
+        (samples.held_class == samples.class_id)
+        & (samples.held_split == settled.split)
+        & (samples.held_group == settled.group)
+    )
+    for split, prefix, members in rule.divide(settled.split, samples.key, samples.size):
+        number = samples.pack[members]
+        pack = packs[int(number[0])]
+        whole = len(members) == pack.index.num_rows and bool(np.all((number == number[0]) & unchanged[members]))
+        yield FinalShard(split, prefix, members, pack if whole else None)
+
+
+def repack_unit(samples: Samples, settled: Settlement, packs: Sequence[Pack], shard: FinalShard) -> Repack:
+    """The unit that writes ``shard`` from the packs its members are in now."""
+    members = shard.members[np.lexsort((samples.row[shard.members], samples.pack[shard.members]))]
+    number = samples.pack[members]
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
+    parts = tuple(
+        Part(packs[int(number[start])], samples.row[members[start:stop]])
+        for start, stop in zip(starts, [*starts[1:], len(members)], strict=True)
+    )
+    return Repack(
+        name=f"{shard.split}-{shard.prefix or 'all'}",
+        split=shard.split,
+        parts=parts,
+        class_id=samples.class_id[members],
+        group=settled.group[members],
+    ).with_digest()
+
+
+def to_fetch(samples: Samples, settled: Settlement, num_references: int) -> NDArray[np.int8]:
+    """A split for every reference whose image stays and whose bytes are not at hand; the others are unset."""
+    split = np.full(num_references, SPLIT_UNSET, np.int8)
+    missing = (settled.split != SPLIT_UNSET) & (samples.pack < 0)
+    split[samples.reference[missing]] = settled.split[missing]
+    return split
