@@ -31,7 +31,8 @@ from pipeline.images import ImageRejected
 from pipeline.schema import Reason, index_path, table_path, tar_path
 from pipeline.snapshot import Snapshot
 from pipeline.stream import batches
-from pipeline.stream.loader import Details, EvaluationLoader, Loader, Topology
+from pipeline.stream.drawn import Details
+from pipeline.stream.loader import EvaluationLoader, Loader, Topology
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.transforms import Draw
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -19,7 +18,7 @@ from pipeline.store.root import Store
 OPEN_FILES = 256
 """Files a reader keeps open: a quarter of the usual limit of 1,024, and 64 GB of full shards."""
 
-_NUM_PROBES = 8  # of a batch, to see whether its images are in memory: advising the kernel of all costs a third more
+_NUM_PROBES = 4  # of a batch, to see whether its images are in memory: advising the kernel of all costs a third more
 _PROBE = bytearray(1)  # what is read into it does not matter
 
 ShardRange = tuple[str, int, int]
@@ -34,7 +33,9 @@ class ShardReader:
             raise UsageError(f"max_open must be at least 1, not {max_open}")
         self.store = store
         self._max_open = max_open
-        self._open: OrderedDict[str, OpenFile] = OrderedDict()  # least recently used first
+        # The one opened first is closed first: draws are random, so the least recently used would be no better guess,
+        # and knowing it would take a lock around every read.
+        self._open: dict[str, OpenFile] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Store, int]]:
@@ -62,24 +63,23 @@ class ShardReader:
 
         Nothing is verified here; readers that keep what they fetched use ``checksums`` (XXH3-64) on arrival.
         """
-        if self.store.is_local and any(map(self._is_cold, requests[:: max(1, len(requests) // _NUM_PROBES)])):
-            for request in requests:
-                self._advise(request)
-        return [self.read(*request) for request in requests]
-
-    def _is_cold(self, request: ShardRange) -> bool:
-        """Whether reading it would wait for the disk."""
+        tars = {request[0] for request in requests}
+        if not tars or not self.store.is_local or len(tars) > self._max_open:
+            return [self.read(*request) for request in requests]
+        # One loop without a call of ours in it, which would cost as much as the read. What fails in it, or comes
+        # short, is read again by itself, and says what is wrong.
         try:
-            return not os.preadv(self._descriptor(request[0]).number, [_PROBE], request[1], os.RWF_NOWAIT)
-        except OSError:  # EAGAIN, or a file system that cannot tell; what else there is, the read will say
-            return True
-
-    def _advise(self, request: ShardRange) -> None:
-        tar_path, offset, size = request
-        try:
-            os.posix_fadvise(self._descriptor(tar_path).number, offset, size, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            self._explain(error, tar_path)
+            held = [self._descriptor(tar) for tar in tars]  # open as long as this list
+            numbers = {tar: opened.number for tar, opened in zip(tars, held, strict=True)}
+            if any(_is_cold(numbers[tar], offset) for tar, offset, _ in requests[:: -(-len(requests) // _NUM_PROBES)]):
+                for tar, offset, size in requests:
+                    os.posix_fadvise(numbers[tar], offset, size, os.POSIX_FADV_WILLNEED)
+            images = [os.pread(numbers[tar], size, offset) for tar, offset, size in requests]
+        except OSError:
+            return [self.read(*request) for request in requests]
+        if list(map(len, images)) != [size for _, _, size in requests]:
+            return [self.read(*request) for request in requests]
+        return images
 
     def _explain(self, error: OSError, tar_path: str) -> NoReturn:
         with vanishing(tar_path), self.store.explained("read", tar_path):
@@ -91,19 +91,23 @@ class ShardReader:
         return found or self._hold(tar_path, open_regular(self.store.local_path(tar_path) or tar_path))
 
     def _held(self, tar_path: str) -> OpenFile | None:
-        with self._lock:
-            found = self._open.get(tar_path)
-            if found is not None:
-                self._open.move_to_end(tar_path)
-            return found
+        return self._open.get(tar_path)
 
     def _hold(self, tar_path: str, descriptor: int) -> OpenFile:
         opened = OpenFile(descriptor)
         with self._lock:
             found = self._open.setdefault(tar_path, opened)
             if len(self._open) > self._max_open:
-                self._open.popitem(last=False)
+                del self._open[next(iter(self._open))]
         return found
+
+
+def _is_cold(descriptor: int, offset: int) -> bool:
+    """Whether reading there would wait for the disk."""
+    try:
+        return not os.preadv(descriptor, [_PROBE], offset, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN, or a file system that cannot tell; what else there is, the read will say
+        return True
 
 
 @contextmanager

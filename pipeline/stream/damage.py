@@ -19,7 +19,7 @@ from pipeline.errors import IntegrityError
 from pipeline.plan.epoch import EpochFunction
 from pipeline.schema import SAMPLES
 from pipeline.store import CheckedTable
-from pipeline.stream.batches import BatchReader, Rows
+from pipeline.stream.batches import BatchReader, Places, Rows
 
 MAX_TRIES = 64
 """Later draws looked at for a stand-in. They show every image of a class of 40; a larger class with as many damaged
@@ -48,16 +48,16 @@ class Replacement:
         self._class_starts = class_starts
         self._damaged: dict[int, str] = {}  # by sample row; only ever added to
 
-    def images(self, rows: Rows, draw: NDArray[np.int64]) -> Repaired:
-        """The batch of ``rows``; ``draw`` int64 [n] is the number of each draw in its class."""
+    def images(self, rows: Rows, draw: NDArray[np.int64], places: Places) -> Repaired:
+        """The batch of ``rows``, which lie at ``places``; ``draw`` int64 [n] numbers each draw in its class."""
         try:
-            return self._repaired(rows, draw)
+            return self._repaired(rows, draw, places)
         except IntegrityError:
             for i in range(len(rows.row)):
-                self._is_intact(_only(rows, i))
-        return self._repaired(rows, draw)
+                self._is_intact(rows.part(i, i + 1))
+        return self._repaired(rows, draw, places)
 
-    def _repaired(self, rows: Rows, draw: NDArray[np.int64]) -> Repaired:
+    def _repaired(self, rows: Rows, draw: NDArray[np.int64], places: Places) -> Repaired:
         """With stand-ins for what is known to be damaged; IntegrityError where that is not all."""
         damaged = [i for i, row in enumerate(rows.row.tolist()) if row in self._damaged]
         damage = {row: self._damaged[row] for row in rows.row[damaged].tolist()}
@@ -65,10 +65,11 @@ class Replacement:
         if damaged:
             row, repeat = rows.row.copy(), rows.repeat.copy()
             for i in damaged:
-                row[i], repeat[i] = self._stand_in(_only(rows, i), int(draw[i]))
+                row[i], repeat[i] = self._stand_in(rows.part(i, i + 1), int(draw[i]))
             replaced[damaged] = True
             rows = dataclasses.replace(rows, row=row, repeat=repeat)
-        return Repaired(rows=rows, images=self._reader.images(rows), replaced=replaced, damage=damage)
+            places = self._reader.locate(row)
+        return Repaired(rows=rows, images=self._reader.images(rows, places), replaced=replaced, damage=damage)
 
     def _stand_in(self, one: Rows, draw: int) -> tuple[int, int]:
         """Sample row and repeat number of the first later draw of the class that shows an intact image."""
@@ -100,8 +101,3 @@ class Replacement:
             self._damaged[row] = str(error)
             return False
         return True
-
-
-def _only(rows: Rows, i: int) -> Rows:
-    columns = {field.name: getattr(rows, field.name)[i : i + 1] for field in dataclasses.fields(rows)}
-    return Rows(**columns)

@@ -33,7 +33,8 @@ from pipeline.plan.epoch import EPOCH_RULE, EpochFunction
 from pipeline.snapshot import Manifest, Snapshot
 from pipeline.stream.batches import BatchReader, Rows
 from pipeline.stream.cache import NodeCache, default_cache
-from pipeline.stream.damage import Repaired, Replacement
+from pipeline.stream.damage import Replacement
+from pipeline.stream.drawn import Batch, Built, DrawnBatches, Recipe, pinned
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
 
@@ -42,21 +43,7 @@ STATE_FORMAT_VERSION = 1
 _AUGMENT = 4  # purposes of keys: 1 to 3 are the epoch function's when, which and turn
 _EVALUATION_ORDER = 5
 
-Batch = tuple[Any, ...]
-"""``(images, labels)``, with ``Details`` or a mask as third: images ``[B, C, H, W]`` or bytes, labels int64 ``[B]``."""
-
-
 OnDamage = Literal["raise", "replace"]
-
-
-@dataclass(kw_only=True)  # not frozen: Lightning, moving a batch to its device, refuses batches that hold such
-class Details:
-    """Where each row of a batch comes from."""
-
-    positions: torch.Tensor  # int64 [B]: place in the endless sequence
-    keys: list[str]  # 16 hex digits each, as in the shards
-    repeats: torch.Tensor  # int64 [B]: how often this image was drawn before, since position 0
-    replaced: torch.Tensor  # bool [B]: whether this image stands in for a damaged one, see ``on_damage``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +121,10 @@ class Loader:
         reader = _reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224), cache)
         class_starts = manifest.snapshot.class_starts(manifest.split)
         samples = manifest.snapshot.samples(manifest.split)
-        self._builder = _DrawnBatches(
+        self._reader = reader
+        self._replacement = Replacement(reader, samples, self._plan, class_starts) if _replaces(on_damage) else None
+        self._recipe = Recipe(
             plan=self._plan,
-            reader=reader,
-            replacement=Replacement(reader, samples, self._plan, class_starts) if _replaces(on_damage) else None,
             class_starts=class_starts,
             augment=derive(seed_key(self._seed), _AUGMENT),
             first=self._topology.rank * self._batch_size,
@@ -179,7 +166,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._move_to(self._next_start())
         starts = self._steps_from(self._consumed)
-        batches = Prefetch(self._builder.batch, starts, threads=self._threads, ahead=self._ahead)
+        drawn = DrawnBatches(self._recipe, self._reader, self._replacement, starts)
+        batches = Prefetch(drawn.batch, starts, threads=self._threads, ahead=self._ahead)
         steps = _Steps(self, batches, epoch=self._plan.epoch_of(self._consumed), num_steps=len(starts))
         self._current = weakref.ref(steps)
         return steps
@@ -245,7 +233,7 @@ class Loader:
     def _live(self) -> _Steps | None:
         return self._current() if self._current else None
 
-    def _handed_out(self, steps: _Steps, built: _Built) -> None:
+    def _handed_out(self, steps: _Steps, built: Built) -> None:
         self._consumed += self._global_batch
         self._at_start = steps.num_left == 0
         self.num_replaced += built.num_replaced
@@ -270,7 +258,7 @@ class Loader:
 class _Steps(Iterator[Batch]):
     """What ``iter()`` returns. It holds its loader, the loader holds it weakly: so leaving a loop ends its threads."""
 
-    def __init__(self, loader: Loader, batches: Prefetch[_Built], *, epoch: int, num_steps: int) -> None:
+    def __init__(self, loader: Loader, batches: Prefetch[Built], *, epoch: int, num_steps: int) -> None:
         self.epoch = epoch
         self.num_steps = num_steps
         self.num_left = num_steps
@@ -301,63 +289,6 @@ class _Steps(Iterator[Batch]):
         """End the threads; advancing again is an error, except after the last batch."""
         self._batches.close()
         self._superseded = self.num_left > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Built:
-    """A batch, and what its loader tells of it when it is handed out."""
-
-    batch: Batch
-    num_replaced: int
-    damage: dict[int, str]  # of replaced images, by sample row
-
-
-@dataclass(frozen=True, kw_only=True)
-class _DrawnBatches:
-    """One rank's batch of the global step that starts at a position. Called by threads; holds no state that moves."""
-
-    plan: EpochFunction
-    reader: BatchReader
-    replacement: Replacement | None
-    class_starts: np.ndarray[Any, np.dtype[np.int64]]
-    augment: int
-    first: int  # of our slice in the global batch
-    batch_size: int
-    details: bool
-    pin_memory: bool
-
-    def batch(self, start: int) -> _Built:
-        made = self._images(start + self.first)
-        labels = torch.from_numpy(made.rows.class_id.astype(np.int64))
-        batch = _pinned(made.images, labels) if self.pin_memory else (made.images, labels)
-        return _Built(
-            batch=(*batch, self._details(made)) if self.details else batch,
-            num_replaced=int(made.replaced.sum()),
-            damage=made.damage,
-        )
-
-    def _images(self, begin: int) -> Repaired:
-        drawn = self.plan.draws(begin, begin + self.batch_size)
-        ordinal, repeat = self.plan.images(drawn.class_id, drawn.draw)
-        rows = Rows(
-            row=self.class_starts[drawn.class_id] + ordinal,
-            class_id=drawn.class_id,
-            position=np.arange(begin, begin + self.batch_size),
-            repeat=repeat,
-            key=keyed_hash(keyed_hash(self.augment, drawn.class_id), drawn.draw),
-        )
-        if self.replacement is not None:
-            return self.replacement.images(rows, drawn.draw)
-        none = np.zeros(self.batch_size, dtype=np.bool_)
-        return Repaired(rows=rows, images=self.reader.images(rows), replaced=none, damage={})
-
-    def _details(self, made: Repaired) -> Details:
-        return Details(
-            positions=torch.from_numpy(made.rows.position),
-            keys=self.reader.keys(made.rows.row),
-            repeats=torch.from_numpy(made.rows.repeat),
-            replaced=torch.from_numpy(made.replaced),
-        )
 
 
 class EvaluationLoader:
@@ -412,7 +343,7 @@ class EvaluationLoader:
         rows = self._rows(position)
         mask = torch.from_numpy(position < self._num_samples)
         batch = self._reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)), mask
-        return _pinned(*batch) if self._pin_memory else batch
+        return pinned(*batch) if self._pin_memory else batch
 
     def _rows(self, position: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         key, size = derive(seed_key(0), _EVALUATION_ORDER), np.full_like(position, self._num_samples)
@@ -436,13 +367,6 @@ def _reader(
 
 def _cache(snapshot: Snapshot, directory: str | os.PathLike[str] | None, max_bytes: int | None) -> NodeCache | None:
     return None if snapshot.store.is_local else default_cache(directory, max_bytes)
-
-
-def _pinned(*parts: Any) -> Batch:
-    """In page-locked memory, for copies to the GPU that run while it computes; as they are where there is no CUDA."""
-    if not torch.cuda.is_available():
-        return parts
-    return tuple(part.pin_memory() if isinstance(part, torch.Tensor) and part.is_cpu else part for part in parts)
 
 
 def _replaces(on_damage: Any) -> bool:
