@@ -9,6 +9,6 @@ never on threads or timing (E5); the state is five small values, and going on fr
 byte becomes a pixel before its checksum was verified (R1).
 
 ``loader.py`` the two loaders, positions and state; ``drawn.py`` the rows of many steps planned at once;
-``batches.py`` rows to one batch; ``damage.py`` stand-ins for damaged images; ``remote.py`` and ``cache.py`` remote roots;
+``batches.py`` rows to one batch; ``damage.py`` stand-ins for damaged images; ``remote.py`` and ``cache.py`` far roots;
 ``prefetch.py`` batches built ahead in threads; ``transforms.py`` pixels to pixels, randomness keyed by the draw.
 """
