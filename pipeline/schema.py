@@ -39,6 +39,9 @@ class Reason(StrEnum):
     CHANGED = "changed"  # size differs from the listing
     NO_LABEL = "no-label"
     NO_PATH = "no-path"  # table row without a path
+    NO_IMAGE = "no-image"  # a sample of a tar or a Parquet row without image bytes
+    AMBIGUOUS = "ambiguous"  # a sample of a tar with several images, none of them chosen
+    DAMAGED = "damaged"  # the tar or Parquet file cannot be read there
     DUPLICATE_ROW = "duplicate-row"  # a table names one path twice with one label
     NAME_ENCODING = "name-encoding"
     OUTSIDE_ROOT = "outside-root"

@@ -561,7 +561,7 @@ def test_a_transient_error_is_retried_and_a_lasting_one_told(folder: Path, monke
     reader = SourceReader(open_place(str(folder)), 1000)
     assert reader.read("a/1.jpg") == b"xa/1.jpg"
     assert len(pauses) == 2
-    failures.extend([OSError(5, "Input/output error")] * 4)
+    failures.extend([OSError(5, "Input/output error")] * (1 + len(source_files.RETRY_PAUSES_S)))
     assert refused(reader, "a/1.jpg") == Reason.UNREADABLE
 
 

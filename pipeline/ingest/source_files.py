@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
@@ -32,7 +32,10 @@ from pipeline.schema import Reason
 from pipeline.store import redact
 
 PROTOCOLS = ("file", "s3", "gs", "gcs", "az", "abfs", "http", "https", "memory")
-RETRY_PAUSES_S = (0.1, 0.5, 2.0)
+RETRY_PAUSES_S = (0.1, 0.3, 0.9, 2.7, 8.1)
+"""Before the second and each later attempt, as `store` waits for ROOT."""
+STALL_S = 20.0
+"""A connection that brings no byte for so long has failed."""
 NUM_REQUESTS = 16
 """Concurrent questions to a server that lists no sizes."""
 
@@ -91,7 +94,9 @@ class Place:
 
     def join(self, relative: str) -> str:
         """What the file system calls a file here. Names are taken literally: on the web they are percent-encoded."""
-        return f"{self.path.rstrip('/')}/{quote(relative) if self.is_web else relative}" if relative else self.path
+        if not relative:
+            return f"{self.path}?{self.query}" if self.query else self.path
+        return f"{self.path.rstrip('/')}/{quote(relative) if self.is_web else relative}"
 
     def holds(self, other: Place) -> bool:
         """Whether ``other`` is this place or lies below it."""
@@ -150,13 +155,31 @@ def open_place(text: str) -> Place:
 @lru_cache(maxsize=16)
 def filesystem(protocol: str) -> Any:
     """The fsspec file system, without its listing cache: a later build must see what changed."""
-    # A redirect may lead out of the root.
-    options: dict[str, Any] = {"allow_redirects": False} if protocol.startswith("http") else {}
     try:
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+        found = fsspec.filesystem(
+            protocol, skip_instance_cache=True, use_listings_cache=False, **_connection_options(protocol)
+        )
     except ImportError as error:
         extra = " Install `evenshard[s3]`." if protocol == "s3" else ""
         raise MissingExtraError(f"{protocol}:// needs a package that is not installed: {error}.{extra}") from error
+    if protocol == "s3":
+        found.retries = 1  # trying again is `_attempt`'s: otherwise attempts would multiply
+    return found
+
+
+def _connection_options(protocol: str) -> dict[str, Any]:
+    """What makes stalls an error, and a body come as it is stored."""
+    if protocol == "s3":
+        return {
+            "config_kwargs": {"connect_timeout": STALL_S, "read_timeout": STALL_S, "retries": {"total_max_attempts": 1}}
+        }
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
+        client = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+        return {"allow_redirects": False, "client_kwargs": client}  # a redirect may lead out of the root
+    return {}
 
 
 def list_folder_entries(place: Place, folder: str) -> Iterator[Found]:
@@ -219,12 +242,55 @@ def local_copy(place: Place) -> Generator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="evenshard-table-") as folder:
         copy = f"{folder}/table"
-        remote = f"{place.path}?{place.query}" if place.query else place.path
         try:
-            _attempt(lambda: filesystem(place.protocol).get_file(remote, copy), _is_doubtful)
+            _attempt(lambda: filesystem(place.protocol).get_file(place.join(""), copy), _is_doubtful)
         except Exception as error:  # any client error, already retried
             raise SourceError(f"{place.shown} cannot be read: {redact(_as_rejection(error).detail)}") from error
         yield copy
+
+
+class NoRangesError(Exception):
+    """A web server sends whole files only."""
+
+
+def fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a remote file that is at least so long; after all retries ``ImageRejected``.
+
+    A server without ranges is noticed (``NoRangesError``) where ``start`` > 0.
+    """
+    try:
+        return _attempt(lambda: _fetch_range(place, path, start, stop), _is_doubtful)
+    except (NoRangesError, MissingExtraError, MemoryError):
+        raise
+    except Exception as error:  # clients of object stores raise what they like
+        raise _as_rejection(error) from error
+
+
+def _fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:
+    files, name = filesystem(place.protocol), place.join(path)
+    if place.is_web:  # cat_file would take the whole body of a server that ignores ranges into memory
+        try:
+            with files.open(name, size=stop, cache_type="none") as file:
+                data = bytes(file._fetch_range(start, stop))
+        except ValueError as error:
+            raise NoRangesError from error
+    else:
+        data = bytes(files.cat_file(name, start=start, end=stop))
+    if len(data) != stop - start:
+        raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+    return data
+
+
+def look_at(place: Place, path: str) -> Found:
+    """One file as a listing would find it; '' is the file that ``place`` itself names."""
+    if not place.is_local:
+        return _ask(place, path, path)
+    if path:
+        return FileFinder(place).find([path])[0]
+    try:
+        return _judge(place.name, os.stat(place.path))
+    except OSError as error:
+        return _problem(place.name, error)
 
 
 def kind_of(place: Place) -> str:
@@ -286,17 +352,27 @@ def _problem(name: str, error: OSError | ValueError) -> Found:
 
 
 def _read_local(root: str, path: str, max_bytes: int) -> bytes:
-    full = f"{root}/{path}"
+    with open_within(root, path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ImageRejected(Reason.TOO_LARGE, f"{size} bytes, the limit is {max_bytes}")
+        return file.read()
+
+
+def open_within(root: str, path: str) -> BinaryIO:
+    """A regular file that really lies at or below ``root``; ``ImageRejected`` for any other."""
+    full = f"{root}/{path}" if path else root
     descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: opening a pipe must not hang
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    file = open(descriptor, "rb")  # noqa: SIM115 - the caller's
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ImageRejected(Reason.UNREADABLE, "not a regular file")
         if not _lies_within(_real_path(descriptor, full), root):
             raise ImageRejected(Reason.OUTSIDE_ROOT, "a link out of the source is not followed")
-        if status.st_size > max_bytes:
-            raise ImageRejected(Reason.TOO_LARGE, f"{status.st_size} bytes, the limit is {max_bytes}")
-        return file.read()
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _real_path(descriptor: int, full: str) -> str:
@@ -385,7 +461,7 @@ def _is_doubtful(error: Exception) -> bool:
     """fsspec calls every failure of HTTP "not found" and hides the real one as the cause."""
     if isinstance(error, FileNotFoundError):
         return getattr(error.__cause__, "status", 404) not in (403, 404, 410)
-    return not isinstance(error, (*_FINAL, ImageRejected, MissingExtraError))
+    return not isinstance(error, (*_FINAL, ImageRejected, MissingExtraError, NoRangesError))
 
 
 def _as_rejection(error: Exception) -> ImageRejected:

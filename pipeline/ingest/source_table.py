@@ -40,7 +40,7 @@ KINDS = {
 }
 """Extensions (lower case) of tables."""
 
-_DEFAULT_NAMES = {
+DEFAULT_NAMES = {
     "path": ("path", "file", "filename", "image", "image_path"),
     "label": ("label", "class", "class_name", "category"),
     "split": ("split",),
@@ -113,7 +113,7 @@ class TableListing:
 
     def _choose(self, names: Sequence[str]) -> Sequence[str | None]:
         self._chosen = [
-            self._choose_one(field.name, names) for field in fields(self._wanted) if field.name in _DEFAULT_NAMES
+            self._choose_one(field.name, names) for field in fields(self._wanted) if field.name in DEFAULT_NAMES
         ]
         return self._chosen
 
@@ -121,7 +121,7 @@ class TableListing:
         if what == "split" and self._wanted.ignore_split:
             return None
         wanted: str | None = getattr(self._wanted, what)
-        candidates = _DEFAULT_NAMES[what] if wanted is None else (wanted,)
+        candidates = DEFAULT_NAMES[what] if wanted is None else (wanted,)
         name = next((name for name in candidates if name in names), None)
         if name is None and (wanted is not None or what in ("path", "label")):
             raise SourceError(
