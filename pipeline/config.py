@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
-from pipeline.images import HARD_MAX_PIXELS, Limits
+from pipeline.images import HARD_MAX_PIXELS, Inspection, Limits
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -88,6 +88,7 @@ class BuildConfig(BaseModel):
     max_shrink: Budget = 0.1
     max_pixels: int = Field(default=Limits.max_pixels, ge=1, le=HARD_MAX_PIXELS)
     max_image_bytes: Bytes = Limits.max_bytes
+    max_decode_s: int = Field(default=Limits.max_cpu_s, ge=1)  # of processor time, for one image
     workers: int | None = Field(default=None, ge=1)
     address: str | None = None
     allow: Annotated[tuple[str, ...], BeforeValidator(_to_tuple)] = ()
@@ -116,9 +117,10 @@ class BuildConfig(BaseModel):
         return tuple(sorted(set(value)))
 
     @property
-    def limits(self) -> Limits:
-        """What images.inspect refuses."""
-        return Limits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes)
+    def inspection(self) -> Inspection:
+        """What is asked of every image."""
+        limits = Limits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, max_cpu_s=self.max_decode_s)
+        return Inspection(check=self.check, limits=limits)
 
     def meaning(self) -> dict[str, Any]:
         """The fields that decide bytes, for records and their digests: strings, integers and null only."""

@@ -32,6 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
     environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
     environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     environment.delenv("RAY_ADDRESS", raising=False)
+    # Workers import what tests put in the place of a decoder.
+    environment.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    )
     config.add_cleanup(lambda: shutil.rmtree(scratch, ignore_errors=True))
     config.add_cleanup(environment.undo)
 

@@ -28,7 +28,8 @@ def test_defaults_are_those_of_the_design() -> None:
     config = make_config(source="photos", root="out")
     assert (config.label_from, config.split_from, config.check) == ("parent", None, "decode")
     assert (config.shard_samples, config.shard_bytes, config.seed) == (2000, 128 << 20, 0)
-    assert (config.limits.max_pixels, config.limits.max_bytes) == (50_000_000, 64 << 20)
+    limits = config.inspection.limits
+    assert (limits.max_pixels, limits.max_bytes, limits.max_cpu_s) == (50_000_000, 64 << 20, 20)
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_meaning_holds_what_decides_bytes_and_nothing_else() -> None:
     assert one.meaning() == two.meaning()
     assert set(one.meaning()) == {
         *("label_from", "split_from", "path_column", "label_column", "split_column", "group_column", "check"),
-        *("shard_samples", "shard_bytes", "seed", "manifests", "max_pixels", "max_image_bytes"),
+        *("shard_samples", "shard_bytes", "seed", "manifests", "max_pixels", "max_image_bytes", "max_decode_s"),
     }
 
 

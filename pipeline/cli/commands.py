@@ -44,6 +44,7 @@ def build_options(command: _Command) -> _Command:
         click.option("--max-rejects", metavar="N", help="Refuse to publish beyond: 20, 0.01 or 1%."),
         click.option("--max-shrink", metavar="N", help="Refuse to publish if more images went: 20 or 10% (default)."),
         click.option("--max-pixels", type=int, metavar="N", help="Reject larger images."),
+        click.option("--max-decode-s", type=int, metavar="N", help="Reject images that decode for longer (CPU)."),
         click.option("--max-image-bytes", metavar="N", help="Reject larger files: 64MiB."),
         click.option("--seed", type=int, metavar="N", help="Decides splits and shards; fixed for the life of a ROOT."),
         click.option(

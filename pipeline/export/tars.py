@@ -139,8 +139,9 @@ def export_tars(
     )
 
 
-def write_shard(plan: ExportPlan, shard: int, dest: str) -> Iterator[int]:
+def write_shard(plan: ExportPlan, shard: int, dest: str, *, attempt: int) -> Iterator[int]:
     """Write one shard; yields its number of draws. Runs inside a Ray task."""
+    del attempt  # nothing is decoded
     manifest = open_snapshot(plan.root, at=plan.snapshot).manifest(plan.manifest)
     store = Store.open(dest)
     folder = store.staging_dir()

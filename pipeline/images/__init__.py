@@ -5,11 +5,16 @@ batch, or `ImageRejected` with a reason of the rejects table. Guarantees: the by
 and only among six formats, so no file reaches a parser that runs programs (EPS) or unpacks archives; a declared size
 beyond the limit is refused before a pixel is allocated; both checks report equal facts; any thread may call, no state.
 
-`pillow` is the reference: `inspect`, `decode_rgb`. `crops` decodes one crop at speed, and takes and refuses the same.
+`headers` reads structure, `pillow` is the reference: `decode_rgb`, and the word of a full decode. `inspection` is what
+a build asks of every image, within limits (`watch`) and, after a crash, from a child process (`isolated`). `crops`
+decodes one crop at speed, and takes and refuses the same as the reference.
 """
 
 from pipeline.images.crops import Crop, can_decode_crops, decode_crop
-from pipeline.images.pillow import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, decode_rgb, inspect, recognise
+from pipeline.images.facts import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits
+from pipeline.images.headers import recognise
+from pipeline.images.inspection import Inspection, Inspector, inspect
+from pipeline.images.pillow import decode_rgb
 
 __all__ = [
     "HARD_MAX_PIXELS",
@@ -17,6 +22,8 @@ __all__ = [
     "Crop",
     "Facts",
     "ImageRejected",
+    "Inspection",
+    "Inspector",
     "Limits",
     "can_decode_crops",
     "decode_crop",

@@ -6,6 +6,7 @@ In: a source (folder, table) and a build configuration. Out: immutable files bel
     splits    references -> train / val / test, duplicates and groups kept together
     shards    references -> deterministic tar + Arrow index, one pass over the bytes
     stats     per-class counts and bytes; merges associatively
+    crew      units on workers that may be lost
     engine    runs units on Ray
     commit    publishes, or publishes nothing
     run       the rooms above, in order

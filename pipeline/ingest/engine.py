@@ -1,21 +1,19 @@
-"""Units of work on Ray: bounded window, retries, and errors that name the unit. The only module that imports Ray.
+"""Units of work on Ray. The only module that imports Ray.
 
-Comes in: a generator function and its arguments, one tuple per unit. It yields the number of images done since it
-last yielded, then its result. Goes out: those numbers as they come, and results in the order they finish. Guarantees:
-at most a few units per CPU are in flight; a crashed worker is retried by Ray, a failing storage call by us; what still
-fails ends the build by name. Results are small facts, never image bytes.
+Comes in: units (`ingest.crew`). Goes out: what they yield. Guarantees: those of `run_units`; a private Ray ends with
+the block that started it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import EngineError, EvenshardError, MissingExtraError, StoreError
+from pipeline.errors import EngineError, MissingExtraError
+from pipeline.ingest.crew import Ended, Event, Failed, Item, Lost, Task, UnitFunction, run_units, work
 
 # `uv run` would otherwise make Ray package and upload the working directory for every driver.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -32,30 +30,8 @@ except ImportError as error:  # pragma: no cover - exercised by the base-install
 WINDOW_PER_CPU = 3
 """Enough that no worker waits for the driver, few enough that a failure stops the build early."""
 
-MAX_ATTEMPTS = 4
-
 START_ATTEMPTS = 3
 _BUSY = "timed out during startup"  # Ray allows its own processes 30 s, which a busy machine can exceed
-_TRANSIENT = (OSError, StoreError)
-
-
-UnitFunction = Callable[..., Iterator[Any]]
-
-
-def _attempt(function: UnitFunction, arguments: tuple[Any, ...]) -> Iterator[Any]:
-    """Run one unit inside a worker. Ray retries crashes, not exceptions, so storage trouble is retried here."""
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        done = 0
-        try:
-            for item in function(*arguments):
-                done += item if isinstance(item, int) else 0
-                yield item
-            return
-        except _TRANSIENT:
-            if attempt == MAX_ATTEMPTS:
-                raise
-            yield -done  # it starts over
-            time.sleep(0.2 * 4 ** (attempt - 1))
 
 
 class Engine:
@@ -108,56 +84,46 @@ class Engine:
         return min(present, self._workers) if self._workers else present
 
     def map(self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
-        """Run ``function(*arguments)`` for each ``(name, arguments)`` and yield what it yields, as it comes.
-
-        A zero is yielded whenever a second has passed without anything, so that callers can show that time passes.
-        Errors: ``EngineError`` naming the unit; an ``EvenshardError`` of the function is raised as itself.
-        """
-        task = ray.remote(num_cpus=1, max_retries=MAX_ATTEMPTS - 1, num_returns="streaming")(_attempt)
-        pending: dict[Any, str] = {}  # streams of running units
-        waiting = iter(units)
-        exhausted = False
-        try:
-            while pending or not exhausted:
-                window = self._window()
-                while not exhausted and len(pending) < window:
-                    unit = next(waiting, None)
-                    if unit is None:
-                        exhausted = True
-                        break
-                    name, arguments = unit
-                    pending[task.remote(function, arguments)] = name
-                if not pending:
-                    break
-                ready: list[Any] = ray.wait(list(pending), num_returns=1, timeout=1.0)[0]
-                if not ready:
-                    yield 0
-                for stream in ready:
-                    reference = next(stream, None)
-                    if reference is None:
-                        del pending[stream]
-                    else:
-                        yield self._result(reference, pending[stream])
-        finally:
-            for stream in pending:
-                ray.cancel(stream, force=False)
+        """`run_units` on this Ray."""
+        return run_units(_RayCrew(self._window), function, units)
 
     def _window(self) -> int:
         # With an explicit number of workers on a larger cluster, the window itself is the limit.
         cpus = self.num_cpus()
         return cpus if self._workers and not self._owns_ray else cpus * WINDOW_PER_CPU
 
-    @staticmethod
-    def _result(reference: Any, name: str) -> Any:
+
+class _RayCrew:
+    """A `Crew` of Ray tasks; what is known of each is its stream of results."""
+
+    def __init__(self, capacity: Callable[[], int]) -> None:
+        self.capacity = capacity
+        # Ray would repeat a lost task as it was; ours is to know that it is not the first.
+        self._run = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")(work)
+        self._streams: set[Any] = set()
+
+    def start(self, task: Task) -> Any:
+        stream = self._run.remote(task)
+        self._streams.add(stream)
+        return stream
+
+    def events(self, wait_s: float) -> list[tuple[Any, Event]]:
+        ready: list[Any] = ray.wait(list(self._streams), num_returns=1, timeout=wait_s)[0]
+        return [(stream, self._next(stream)) for stream in ready]
+
+    def cancel(self) -> None:
+        for stream in self._streams:
+            ray.cancel(stream, force=False)
+
+    def _next(self, stream: Any) -> Event:
+        event: Event = Ended()
         try:
-            return ray.get(reference)
+            reference = next(stream, None)
+            if reference is not None:
+                return Item(ray.get(reference))
         except RayTaskError as error:
-            cause = error.cause if hasattr(error, "cause") else None
-            if isinstance(cause, EvenshardError):
-                raise cause from None
-            raise EngineError(f"unit {name} failed after {MAX_ATTEMPTS} attempts: {cause or error}") from error
+            event = Failed(error.cause if isinstance(getattr(error, "cause", None), Exception) else error)
         except RayError as error:
-            raise EngineError(
-                f"unit {name} lost its worker {MAX_ATTEMPTS} times: {error}. "
-                "Finished units are kept: run the same command again to go on from here"
-            ) from error
+            event = Lost(str(error))
+        self._streams.discard(stream)
+        return event

@@ -216,7 +216,7 @@ class _Build:
     def _read(self, work: Work, split: Any) -> None:
         config, total = self._config, int(np.count_nonzero(split != SPLIT_UNSET))
         units = (unit.with_digest(self._settings) for unit in reading_units(self.listing.references, split, self._rule))
-        arguments = (self.listing.reader, config.check, config.limits)
+        arguments = (self.listing.reader, config.inspection)
         self.records += work.run("read", pack_source, units, arguments, total)
 
     def _rejects(self, known: Known, samples: Samples, settled: Settlement) -> pa.Table:
@@ -295,7 +295,7 @@ def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
     return {
         "source": f"{place.protocol}:{redact(place.path)}",
         "check": config.check,
-        **dataclasses.asdict(config.limits),
+        **dataclasses.asdict(config.inspection.limits),
         "pillow": version("pillow"),
         "evenshard": version("evenshard"),
     }

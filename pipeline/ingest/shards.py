@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from pipeline.images import Check, Facts, ImageRejected, Limits, inspect
+from pipeline.images import Facts, ImageRejected, Inspection, Inspector
 from pipeline.ingest.source import SourceReader
 from pipeline.ingest.tar_writer import TarWriter, tar_header
 from pipeline.ingest.trie import Leaf, leaves, shard_hash
@@ -33,12 +33,12 @@ _TELL_EVERY = 100
 
 
 def pack_source(
-    root: str, unit: Unit, reader: SourceReader, check: Check, limits: Limits
+    root: str, unit: Unit, reader: SourceReader, inspection: Inspection, *, attempt: int
 ) -> Iterator[int | UnitRecord]:
     """Read the members of ``unit`` from the source once: hash, check, write."""
     store, intake = Store.open(root), _Intake()
-    with _ShardWriter(store) as writer:
-        for number, _ in enumerate(intake.fill(writer, unit, reader, check, limits), 1):
+    with _ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
+        for number, _ in enumerate(intake.fill(writer, unit, reader, inspector), 1):
             if number % _TELL_EVERY == 0:
                 yield _TELL_EVERY
         tar, index = writer.finish(_index_table(intake.rows))
@@ -56,8 +56,9 @@ def pack_source(
     )
 
 
-def repack(root: str, unit: Repack) -> Iterator[int | UnitRecord]:
+def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecord]:
     """Write a shard from members of older tars, checksums verified; no image is decoded."""
+    del attempt
     store = Store.open(root)
     rows, tars = _rows_of(unit, store)
     with _ShardWriter(store) as writer:
@@ -96,9 +97,7 @@ class _Intake:
     num_images: int = 0
     num_bytes: int = 0
 
-    def fill(
-        self, writer: _ShardWriter, unit: Unit, reader: SourceReader, check: Check, limits: Limits
-    ) -> Iterator[None]:
+    def fill(self, writer: _ShardWriter, unit: Unit, reader: SourceReader, inspector: Inspector) -> Iterator[None]:
         """Take in the members one by one, in order: each becomes a row, or a reject."""
         columns = [unit.members.column(name).to_pylist() for name in ("path", "key", "class_id", "group", "size")]
         for path, number, class_id, group, size in zip(*columns, strict=True):
@@ -110,7 +109,7 @@ class _Intake:
                 digest = hashlib.sha256(data).digest()
                 if len(data) != size:
                     raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
-                facts = inspect(data, check=check, limits=limits)
+                facts = inspector.inspect(data, path)
             except ImageRejected as rejected:
                 self.rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
             else:

@@ -107,7 +107,10 @@ class UnitRecord:
 
 
 UnitFunction = Callable[..., Iterator["int | UnitRecord"]]
-"""What a task runs: yields how many images it has done since it last yielded, then the record."""
+"""What a task runs: yields how many images it has done since it last yielded, then the record.
+
+``attempt`` counts from 1; further ones follow a worker that was lost, for whatever reason.
+"""
 
 
 def unit_record_path(digest: str) -> str:

@@ -114,6 +114,6 @@ def _fact_problems(content: bytes, row: Row) -> Iterator[Problem]:
     except ImageRejected as rejected:
         yield Code.IMAGE, f"expected an image that can be read, found {rejected}"
         return
-    wrong = {name: value for name, value in vars(facts).items() if row[name] != value}
+    wrong = {name: value for name, value in facts._asdict().items() if name in row and row[name] != value}
     if wrong:
         yield Code.IMAGE, f"expected {', '.join(f'{name} {row[name]!r}' for name in wrong)}, found {wrong}"
