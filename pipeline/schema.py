@@ -197,6 +197,16 @@ def snapshot_path(number: int) -> str:
     return f"snapshots/{number:08d}.json"
 
 
+def collected_path(number: int) -> str:
+    """Where collection notes, before it removes the first file of snapshot ``number``, that it does."""
+    return f"runs/collected/{number:08d}.json"
+
+
+def pin_path(name: str) -> str:
+    """Where the pin ``name`` lies below ROOT."""
+    return f"pins/{name}.json"
+
+
 def report_path(number: int) -> str:
     """Where the page of snapshot ``number`` lies below ROOT."""
     return f"reports/{number:08d}/index.html"

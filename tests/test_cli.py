@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,64 @@ def test_export_tells_its_cost_first(root: Path, tmp_path: Path, capsys: pytest.
     assert lines[1].startswith("wrote ")
 
 
+def test_history_tells_each_snapshot_and_its_run(
+    tiny_images: Path, own_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
+    assert call("pin", own_root, "paper", "--snapshot", "1") == 0
+    capsys.readouterr()
+    assert call("history", own_root, "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["num_images"], first["pins"], first["changes"]) == (61, ["paper"], ["the first"])
+    assert (first["run"]["source"], first["run"]["num_read"]) == (str(tiny_images), 61)
+    assert (second["changes"], second["num_new_shards"], second["run"]) == (["manifest flat added"], 0, None)
+    assert [row["parent_ok"] for row in (first, second)] == [True, True]
+    assert call("history", own_root, "--last", "1") == 0
+    told = capsys.readouterr().out
+    assert "manifest flat added" in told
+    assert "1 older: --last 2" in told
+
+
+def test_history_fails_where_a_record_was_replaced(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
+    record = own_root / "snapshots/00000001.json"
+    record.write_bytes(record.read_bytes()[:-3])
+    assert call("history", own_root) == 1
+    told = capsys.readouterr()
+    assert "DAMAGED" in told.out
+    assert "snapshot 1: snapshots/00000001.json in" in told.err
+
+
+def test_pins_are_listed_and_removed(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("pin", own_root) == 0
+    assert call("pin", own_root, "paper") == 0
+    assert call("pin", own_root, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["no pins", f"snapshot 1 of {own_root} is kept as paper"]
+    assert json.loads("".join(lines[2:]))[0]["snapshot"] == 1
+    assert call("pin", own_root, "paper", "--remove") == 0
+    assert "removed pin paper" in capsys.readouterr().out
+
+
+def test_gc_lists_then_deletes_and_says_how_much(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    orphan = own_root / f"shards/ab/{'ab' * 32}.tar"
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(bytes(1500))
+    (own_root / "notes.txt").write_text("mine")
+    assert call("gc", own_root, "--keep", "1", "--quiet") == 0
+    assert "younger than the grace period" in capsys.readouterr().out
+    os.utime(orphan, (0, 0))
+    assert call("gc", own_root, "--keep", "1", "--quiet") == 0
+    told = capsys.readouterr().out
+    assert f"would remove shards/ab/{orphan.name}" in told
+    assert f"a dry run: to free 1.5 kB in 1 files: evenshard gc {own_root} --keep 1 --delete" in told
+    assert orphan.exists()
+    assert call("gc", own_root, "--keep", "1", "--delete", "--json", "--quiet") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["removed_bytes"], done["kept"], done["unknown"][0]["path"]) == (1500, {"1": "the newest"}, "notes.txt")
+    assert not orphan.exists()
+
+
 WRONG = {
     "missing source": (["build", "{tmp}/nowhere", "{tmp}/r"], 1, "nowhere"),
     "empty source": (["build", "{tmp}/empty", "{tmp}/r"], 1, "is empty"),
@@ -130,6 +189,14 @@ WRONG = {
     "root inside the source": (["build", "{tmp}/holder", "{tmp}/holder/root"], 1, "root"),
     "label column": (["build", "{tmp}/rows.csv", "{tmp}/r", "--label-column", "tag"], 1, "tag"),
     "no snapshot": (["stats", "{tmp}/empty"], 1, "evenshard build"),
+    "keep nothing": (["gc", "{root}", "--keep", "0"], 2, "keep at least 1"),
+    "no number to keep": (["gc", "{root}"], 2, "--keep"),
+    "no duration": (["gc", "{root}", "--keep", "1", "--grace", "week"], 2, "7d"),
+    "gc without a snapshot": (["gc", "{tmp}/other", "--keep", "1", "--delete"], 1, "no snapshot"),
+    "pin of what is not there": (["pin", "{root}", "x", "--snapshot", "9"], 1, "the newest is 1"),
+    "removing without a name": (["pin", "{root}", "--remove"], 2, "which pin"),
+    "unknown pin": (["pin", "{root}", "x", "--remove"], 1, "pins: none"),
+    "history of nothing": (["history", "{tmp}/empty"], 1, "evenshard build"),
     "unknown manifest": (["export", "{root}", "balancd", "{tmp}/out"], 2, "natural"),
     "export into a full folder": (["export", "{root}", "natural", "{tmp}/other"], 2, "not empty"),
 }

@@ -16,7 +16,7 @@ import pipeline
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
-PROMISES = ["E1", "E2", "E3", "E4", "E4b", "E5", "E6", "B1", "B2", "B3", "B4", "R1", "S1"]
+PROMISES = ["E1", "E2", "E3", "E4", "E4b", "E5", "E6", "B1", "B2", "B3", "B4", "B5", "R1", "S1"]
 
 
 def blocks(markdown: str, language: str) -> list[str]:

@@ -129,12 +129,40 @@ def test_replace_overwrites_only_what_no_snapshot_names(store: Store) -> None:
         store.replace("tables/a", b"")
 
 
-def test_only_staging_may_be_removed(store: Store) -> None:
+@pytest.mark.parametrize("path", ["snapshots/00000001.json", "runs/builds/a.json"])
+def test_what_is_kept_for_ever_cannot_be_removed(store: Store, path: str) -> None:
+    store.create(path, b"1")
+    with pytest.raises(UsageError, match=rf"'{path}' may not be removed"):
+        store.remove(path)
+    assert store.read(path) == b"1"
+
+
+def test_a_removed_file_is_gone(store: Store) -> None:
     store.create("staging/a", b"")
     store.remove("staging/a")
     assert not store.exists("staging/a")
-    with pytest.raises(UsageError, match="may not be removed"):
-        store.remove("shards/ab/c.tar")
+    with pytest.raises(NotFoundError, match="cannot remove staging/a"):
+        store.remove("staging/a")
+
+
+def test_what_vanishes_while_it_is_met_again_is_written_again(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    local.put("tables/a", b"12345")
+    settle = local._backend.settle
+
+    def collect_first(path: str) -> None:
+        os.unlink(f"{local.root}/{path}")
+        settle(path)
+
+    monkeypatch.setattr(local._backend, "settle", collect_first)
+    local.put("tables/a", b"12345")
+    assert local.read("tables/a") == b"12345"
+
+
+def test_what_is_met_again_is_young_again(local: Store) -> None:
+    local.put("tables/a", b"12345")
+    os.utime(f"{local.root}/tables/a", (0, 0))
+    local.put("tables/a", b"12345")
+    assert (local.entry("tables/a").modified_s or 0) > 1e9
 
 
 def test_missing_file_names_path_and_root(store: Store) -> None:

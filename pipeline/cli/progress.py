@@ -31,6 +31,8 @@ _VERBS = {
     "commit": "publishing",
     "export": "writing tars",
     "draw": "drawing images",
+    "look": "looking at files",
+    "remove": "removing files",
 }
 
 

@@ -11,7 +11,15 @@ Inside, in this order:
     reader.py      ``open_snapshot``, ``Snapshot``, ``Manifest``
 """
 
-from pipeline.snapshot.reader import Manifest, Snapshot, newest_number, open_snapshot, read_record, snapshot_exists
+from pipeline.snapshot.reader import (
+    Manifest,
+    Snapshot,
+    is_collected,
+    newest_number,
+    open_snapshot,
+    read_record,
+    snapshot_exists,
+)
 from pipeline.snapshot.record import decode_record, encode_record, record_id
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "Snapshot",
     "decode_record",
     "encode_record",
+    "is_collected",
     "newest_number",
     "open_snapshot",
     "read_record",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from pipeline.schema import (
     TARGETS,
     FileRef,
     SnapshotRecord,
+    collected_path,
     index_path,
     manifest_path,
     snapshot_path,
@@ -49,6 +52,8 @@ def open_snapshot(root: str | os.PathLike[str] | Store, at: int | None = None) -
         raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
     if at is not None and number != at:
         raise NotFoundError(f"there is no snapshot {at} in {store.url}; the newest is {number}")
+    if at is not None and is_collected(store, at):
+        raise NotFoundError(_collected(store, at))
     return Snapshot(store, read_record(store, number))
 
 
@@ -68,6 +73,19 @@ def newest_number(store: Store) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if store.exists(snapshot_path(middle)) else (low, middle)
     return low
+
+
+def is_collected(store: Store, number: int) -> bool:
+    """Whether `evenshard gc` removed, or began to remove, files that only this snapshot named."""
+    return store.exists(collected_path(number))
+
+
+def _collected(store: Store, number: int) -> str:
+    return (
+        f"snapshot {number} of {store.url} was collected: `evenshard gc` removed files that only it named "
+        f"({collected_path(number)} says when); open the newest one, or build again from the source as it was then, "
+        f"and keep snapshots in use with `evenshard pin`"
+    )
 
 
 def read_record(store: Store, number: int) -> SnapshotRecord:
@@ -136,7 +154,7 @@ class Snapshot:
                 f"split {split!r} of snapshot {self.number} has no image; splits with images: "
                 f"{', '.join(name for name in SPLITS if name in self.record.samples)}"
             )
-        with self._lock:
+        with self._lock, self.collection_told():
             if split not in self._samples:
                 self._samples[split] = CheckedTable.open(self.store, table_path(ref.sha256), ref, SAMPLES)
             return self._samples[split]
@@ -180,7 +198,8 @@ class Snapshot:
         samples = self.samples(split)
         shard, place, offset, size, checksum = (int(samples.take(name, [row])[0]) for name in SAMPLES.names)
         tar = tar_path(self._shard(shard)["tar_sha256"])
-        return read_image(self._reader, tar, offset, size, checksum, lambda: self.describe(shard, place))
+        with self.collection_told():
+            return read_image(self._reader, tar, offset, size, checksum, lambda: self.describe(shard, place))
 
     def describe(self, shard: int, place: int) -> str:
         """Key and source path of row ``place`` of a shard, for messages; says so where the index cannot tell."""
@@ -201,10 +220,36 @@ class Snapshot:
         """The table that ``ref`` names, checked; in tables/ unless ``path`` says otherwise."""
         path = path or table_path(ref.sha256)
         where = f"{path} in {self.store.url}"
-        table = ipc_to_table(read_checked(self.store, path, ref), schema, where)
+        with self.collection_told():
+            table = ipc_to_table(read_checked(self.store, path, ref), schema, where)
         if table.num_rows != ref.num_rows:
             raise IntegrityError(f"{where}: expected {ref.num_rows} rows, found {table.num_rows}")
         return table
+
+    def files(self) -> dict[str, int]:
+        """Path and size of everything that a reader of this snapshot may open: its tables, manifests, tars, indexes."""
+        files: dict[str, int] = {}
+        for name, value in vars(self.record).items():  # whatever a later version may name, too
+            refs = value.values() if isinstance(value, Mapping) else (value,)
+            locate = manifest_path if name == "manifests" else table_path
+            files |= {locate(ref.sha256): ref.size for ref in refs if isinstance(ref, FileRef)}
+        for name in self.manifests:
+            targets = self.manifest(name).document.targets  # opening it checks that its targets fit the classes
+            files[table_path(targets.sha256)] = targets.size
+        for row in self.shards.to_pylist():
+            files[tar_path(row["tar_sha256"])] = row["tar_size"]
+            files[index_path(row["index_sha256"])] = row["index_size"]
+        return files
+
+    @contextmanager
+    def collection_told(self) -> Generator[None]:
+        """Where a file is missing because this snapshot was collected, the error says that."""
+        try:
+            yield
+        except NotFoundError as error:
+            if not is_collected(self.store, self.number):
+                raise
+            raise NotFoundError(f"{_collected(self.store, self.number)}: {error}") from None
 
 
 def _check_split(split: str) -> None:
@@ -224,7 +269,9 @@ class Manifest:
         self.snapshot = snapshot
         self.name = name
         self.digest = ref.sha256
-        self.document = plan.decode(read_checked(snapshot.store, path, ref), f"{path} in {snapshot.store.url}")
+        with snapshot.collection_told():
+            data = read_checked(snapshot.store, path, ref)
+        self.document = plan.decode(data, f"{path} in {snapshot.store.url}")
         self.split = self.document.split
         self.num_draws = self.document.num_draws
         self._check_references(path)

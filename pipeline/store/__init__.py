@@ -16,7 +16,7 @@ Inside, in this order:
     shards.py      image bytes by offset
 """
 
-from pipeline.store.backends import read_fully
+from pipeline.store.backends import Entry, read_fully
 from pipeline.store.checked import (
     CheckedTable,
     block_digests,
@@ -36,6 +36,7 @@ __all__ = [
     "LAYOUT",
     "OPEN_FILES",
     "CheckedTable",
+    "Entry",
     "ShardRange",
     "ShardReader",
     "Store",

@@ -7,8 +7,9 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pipeline.errors import StoreError
@@ -20,6 +21,16 @@ _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _Made = TypeVar("_Made")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A file below ROOT."""
+
+    path: str
+    size: int
+    modified_s: float | None
+    """When its bytes, or ``freshen``, came to storage, by the clock of the storage; None where it does not tell."""
+
+
 class Backend(Protocol):
     """What a kind of storage must do."""
 
@@ -27,16 +38,20 @@ class Backend(Protocol):
 
     def read(self, path: str) -> bytes: ...
     def read_range(self, path: str, offset: int, length: int) -> bytes: ...  # fewer bytes only at the end of the file
-    def size(self, path: str) -> int | None: ...  # None: no such file
+    def entry(self, path: str) -> Entry | None: ...  # None: no such file
     def list(self, prefix: str) -> list[str]: ...
+    def entries(self, prefix: str) -> Iterator[Entry]: ...  # in any order
     def top_names(self) -> list[str] | None: ...  # None: no such root
     def make_root(self) -> None: ...  # and prove that it is writable
     def create(self, path: str, data: bytes) -> None: ...  # FileExistsError if the name is taken, atomically
     def create_from(self, path: str, local_file: str) -> None: ...
-    def settle(self, path: str) -> None: ...  # make an existing file durable
+    def settle(self, path: str) -> None: ...  # make an existing file durable, and young where that is cheap
+    def freshen(self, path: str) -> None: ...  # make it as young as one that was created now; its bytes stay
+    def probe(self) -> Entry: ...  # a file that was created now, and is gone again
     def replace(self, path: str, data: bytes) -> None: ...
     def remove(self, path: str) -> None: ...
     def staging_dir(self) -> str: ...
+    def sweep(self, before_s: float) -> None: ...  # remove directories of staging/ that are empty and older
     def creates_atomically(self) -> bool: ...
 
 
@@ -58,12 +73,12 @@ class LocalBackend:
         with open(open_regular(self._at(path)), "rb", buffering=0) as file:
             return read_fully(file.fileno(), offset, length)
 
-    def size(self, path: str) -> int | None:
+    def entry(self, path: str) -> Entry | None:
         try:
             found = os.lstat(self._at(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return _entry(path, found) if stat.S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str) -> list[str]:
         top = self._at(prefix) if prefix else self.root
@@ -72,6 +87,11 @@ class LocalBackend:
             for directory, _, names in os.walk(top, onerror=_raise_unless_absent)
             for name in names
         )
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        for path in self.list(prefix):
+            with suppress(FileNotFoundError):  # it went while others were looked at
+                yield _entry(path, os.lstat(self._at(path)))
 
     def top_names(self) -> list[str] | None:
         try:
@@ -106,9 +126,21 @@ class LocalBackend:
 
     def settle(self, path: str) -> None:
         """Whoever made the file may have died before the fsync of its directory entry."""
+        with suppress(PermissionError):  # of another user: the commit looks at its age again
+            self.freshen(path)
         directory = os.path.dirname(self._at(path))
         self._make_directory(directory)
         _fsync(directory)
+
+    def freshen(self, path: str) -> None:
+        os.utime(self._at(path), follow_symlinks=False)  # without times: the server's clock sets them on NFS
+
+    def probe(self) -> Entry:
+        temporary = self._write_temporary(b"")
+        try:
+            return _entry(os.path.relpath(temporary, self.root), os.lstat(temporary))
+        finally:
+            remove_if_there(temporary)
 
     def replace(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(data)
@@ -125,6 +157,12 @@ class LocalBackend:
     def staging_dir(self) -> str:
         directory, _ = self._in_staging(os.mkdir)
         return directory
+
+    def sweep(self, before_s: float) -> None:
+        for directory, names, files in os.walk(self._staging(), topdown=False):
+            with suppress(OSError):  # someone fills or removes it by now
+                if directory != self._staging() and not (names or files) and os.lstat(directory).st_mtime < before_s:
+                    os.rmdir(directory)
 
     def creates_atomically(self) -> bool:
         return True
@@ -192,6 +230,10 @@ class LocalBackend:
                 os.mkdir(directory)
             _fsync(parent)  # also if another process made it: that one may die before its own fsync
         self._durable.add(directory)
+
+
+def _entry(path: str, found: os.stat_result) -> Entry:
+    return Entry(path=path, size=found.st_size, modified_s=found.st_mtime)
 
 
 def open_regular(path: str) -> int:

@@ -13,12 +13,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pipeline.errors import MissingExtraError, StoreError, UsageError
-from pipeline.store.backends import remove_if_there
+from pipeline.store.backends import Entry, remove_if_there
 from pipeline.store.messages import redact
 
 PAUSES = (0.1, 0.3, 0.9, 2.7, 8.1)
@@ -39,6 +40,12 @@ _TRANSIENT_TYPES = frozenset(  # by name: the libraries that define them may not
     {"HTTPClientError", "IncompleteRead", "IncompleteReadError", "ResponseParserError"}
     | {"ClientPayloadError", "ClientConnectionError"}
 )
+
+_MODIFIED = ("LastModified", "mtime", "updated", "last_modified", "modified", "created")
+"""What the fsspec drivers call the moment at which an object was written; the first that is there counts."""
+
+_OLD_S = 86_400.0
+"""An existing file that a build meets again is freshened at once from this age on; ``ingest.commit`` looks closer."""
 
 _Read = TypeVar("_Read")
 
@@ -76,14 +83,15 @@ class RemoteBackend:
             return b""
         return self._persistently(path, lambda: self._fetch_range(path, offset, length))
 
-    def size(self, path: str) -> int | None:
-        def ask() -> int | None:
+    def entry(self, path: str) -> Entry | None:
+        def ask() -> Entry | None:
             with _absence():
                 found = self._info(path)
                 if found["type"] != "file":
                     return None
                 # A web server that compresses names no size.
-                return len(self._fetch(path)) if found["size"] is None else int(found["size"])
+                size = len(self._fetch(path)) if found["size"] is None else int(found["size"])
+                return Entry(path=path, size=size, modified_s=_modified_s(found))
             return None
 
         return self._persistently(path, ask)
@@ -94,6 +102,14 @@ class RemoteBackend:
         except FileNotFoundError:
             return []
         return sorted(name[len(self.root) + 1 :] for name in found)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        try:
+            found = self._fs(fresh=True).find(self._at(prefix) if prefix else self.root, detail=True)
+        except FileNotFoundError:
+            return
+        for name, facts in found.items():
+            yield Entry(path=name[len(self.root) + 1 :], size=int(facts["size"]), modified_s=_modified_s(facts))
 
     def top_names(self) -> list[str] | None:
         try:
@@ -117,7 +133,34 @@ class RemoteBackend:
         remove_if_there(local_file)
 
     def settle(self, path: str) -> None:
-        """An object that can be seen is durable."""
+        """An object that can be seen is durable; one that is old is made young, where a clean-up could take it.
+
+        This machine's clock says only whether to bother: freshening copies the object.
+        """
+        found = self.entry(path)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if found.modified_s is not None and found.modified_s < time.time() - _OLD_S:
+            self.freshen(path)
+
+    def freshen(self, path: str) -> None:
+        filesystem, at = self._fs(), self._at(path)
+        if "s3" in _protocols(filesystem):
+            # A copy onto itself, inside the store: readers see the old object or the new one, of the same bytes.
+            filesystem.cp_file(at, at, MetadataDirective="REPLACE")
+        else:
+            filesystem.pipe_file(at, filesystem.cat_file(at))
+
+    def probe(self) -> Entry:
+        path = f"staging/{uuid.uuid4().hex}"
+        self.replace(path, b"")
+        try:
+            found = self.entry(path)
+        finally:
+            self.remove(path)
+        if found is None:
+            raise StoreError(f"{path} in {redact(self._url)} was written, and then was not there")
+        return found
 
     def replace(self, path: str, data: bytes) -> None:
         self._fs().pipe_file(self._at(path), data)
@@ -127,6 +170,9 @@ class RemoteBackend:
 
     def staging_dir(self) -> str:
         return tempfile.mkdtemp(prefix="evenshard-")
+
+    def sweep(self, before_s: float) -> None:
+        """Object stores have no directories."""
 
     def creates_atomically(self) -> bool:
         """False where fsspec would only look first and then write: of two builds both could win."""
@@ -261,10 +307,26 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def _modified_s(facts: Mapping[str, Any]) -> float | None:
+    value = next((facts[name] for name in _MODIFIED if facts.get(name) is not None), None)
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _protocols(filesystem: Any) -> set[str]:
+    protocol = filesystem.protocol
+    return {protocol} if isinstance(protocol, str) else set(protocol)
+
+
 def _reading_options(filesystem: Any) -> dict[str, Any]:
     """What makes stalls an error, and a body come as it is stored; {} for kinds that have no such options."""
-    protocol = filesystem.protocol
-    protocols = {protocol} if isinstance(protocol, str) else set(protocol)
+    protocols = _protocols(filesystem)
     given: dict[str, Any] = dict(filesystem.storage_options)
     if "s3" in protocols:
         config = {"connect_timeout": STALL_S, "read_timeout": STALL_S, "retries": {"total_max_attempts": 1}}

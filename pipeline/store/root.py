@@ -15,7 +15,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.schema import snapshot_path
-from pipeline.store.backends import Backend, LocalBackend, remove_if_there
+from pipeline.store.backends import Backend, Entry, LocalBackend, remove_if_there
 from pipeline.store.messages import RESTORE, explain, redact
 from pipeline.store.remote import RemoteBackend, Traffic
 
@@ -24,6 +24,7 @@ LAYOUT = frozenset({"snapshots", "shards", "index", "tables", "manifests", "repo
 
 _HARMLESS = frozenset({"lost+found", ".DS_Store"})  # what systems leave in a directory that is empty to its user
 _REPLACEABLE = ("runs/", "reports/")  # no snapshot names what lies there
+_KEPT_FOR_EVER = ("snapshots/", "runs/builds/")  # the newest snapshot is found by probing: a gap would hide it
 
 
 class Store:
@@ -96,6 +97,30 @@ class Store:
         with self.explained("list", prefix):
             return self._backend.list(_below_root(prefix) if prefix else "")
 
+    def entry(self, path: str) -> Entry | None:
+        """Size and time of one file; None if it is not there."""
+        with self.explained("look for", path):
+            return self._backend.entry(_below_root(path))
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """``list`` with size and time of each."""
+        with self.explained("list", prefix):
+            found = self._backend.entries(_below_root(prefix) if prefix else "")
+            return sorted(found, key=lambda entry: entry.path)
+
+    def now_s(self) -> float:
+        """The time by the clock of the storage: that of a file which is written for it, and removed."""
+        with self.explained("write to", "staging"):
+            found = self._backend.probe()
+        if found.modified_s is None:
+            raise StoreError(f"{self.url} does not tell when a file was written, so that none can be known to be old")
+        return found.modified_s
+
+    def freshen(self, path: str) -> None:
+        """Make an existing file as young as one that was written now; NotFoundError if it is not there."""
+        with self.explained("freshen", path):
+            self._backend.freshen(_below_root(path))
+
     def local_path(self, path: str) -> str | None:
         """For mmap and os.pread; None if ROOT is not a local directory."""
         return f"{self._backend.root}/{_below_root(path)}" if self.is_local else None
@@ -106,7 +131,7 @@ class Store:
             self._backend.create(_below_root(path), data)
 
     def put(self, path: str, data: bytes) -> None:
-        """``create`` for a name that is the hash of ``data``: an existing file of that size is as good."""
+        """``create`` for a name that is the hash of ``data``: an existing file of that size is freshened and kept."""
         if self._has(path, len(data)):
             return
         try:
@@ -133,9 +158,9 @@ class Store:
             self._backend.replace(_below_root(path), data)
 
     def remove(self, path: str) -> None:
-        """Remove one temporary file."""
-        if not path.startswith("staging/"):
-            raise UsageError(f"{path!r} may not be removed: only files below staging/ may")
+        """Remove one file. Whether something needs it, ``ingest.collect`` knows; what is kept for ever stays here."""
+        if path.startswith(_KEPT_FOR_EVER):
+            raise UsageError(f"{path!r} may not be removed: what lies below {' and '.join(_KEPT_FOR_EVER)} is kept")
         with self.explained("remove", path):
             self._backend.remove(_below_root(path))
 
@@ -143,6 +168,11 @@ class Store:
         """A new local directory for temporary files, below ROOT/staging where ROOT is local. The caller removes it."""
         with self.explained("write to", "staging"):
             return self._backend.staging_dir()
+
+    def sweep(self, before_s: float) -> None:
+        """Remove the directories of staging/ that are empty and older than ``before_s``."""
+        with self.explained("sweep", "staging"):
+            self._backend.sweep(before_s)
 
     @property
     def traffic(self) -> Traffic:
@@ -154,8 +184,8 @@ class Store:
         return self._backend.creates_atomically()
 
     def _size(self, path: str) -> int | None:
-        with self.explained("look for", path):
-            return self._backend.size(_below_root(path))
+        found = self.entry(path)
+        return None if found is None else found.size
 
     def _has(self, path: str, size: int) -> bool:
         found = self._size(path)
@@ -166,8 +196,11 @@ class Store:
                 f"{path} in {self.url} is damaged: its name says that it has {size} bytes, but it has {found}; "
                 f"remove that file and run again"
             )
-        with self.explained("sync", path):
-            self._backend.settle(path)
+        try:
+            with self.explained("sync", path):
+                self._backend.settle(path)
+        except NotFoundError:
+            return False  # collected in this moment: it is written again
         return True
 
     def _top_names(self) -> list[str] | None:

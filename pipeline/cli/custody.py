@@ -1,0 +1,168 @@
+"""Commands that look after a ROOT over time: its history, what is kept, what goes. Thin, like those in ``commands``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli import show
+from pipeline.cli.progress import Reporter
+
+if TYPE_CHECKING:
+    from pipeline.ingest.collect import Collection
+    from pipeline.store import Entry
+
+_UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_SHOWN = 20
+
+
+def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """``7d``, ``12h``, ``30m``, ``90s`` in seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value)
+    if match is None and value != "0":
+        raise click.BadParameter(f"{value!r} is not a duration such as 7d, 12h, 30m or 90s")
+    return float(match[1]) * _UNIT_S[match[2]] if match else 0.0
+
+
+@click.command(epilog="Example: evenshard history ROOT --last 7")
+@click.argument("root")
+@click.option("--last", type=int, default=30, show_default=True, metavar="N", help="The newest so many.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def history(root: str, last: int, as_json: bool) -> None:
+    """The snapshots of ROOT: what each holds, what changed, who keeps it, which run made it.
+
+    Exit code 1 if a record is damaged, or is not the child of the one before.
+    """
+    from pipeline.errors import IntegrityError
+    from pipeline.ingest.history import history
+
+    rows = history(root, last)
+    if as_json:
+        click.echo(json.dumps([row.to_json() for row in rows], indent=1, sort_keys=True))
+    else:
+        header = (
+            "snapshot",
+            "published (UTC)",
+            "images",
+            "classes",
+            "rejects",
+            "shards",
+            "new",
+            "state",
+            "changes",
+            "run",
+        )
+        cells = (
+            (
+                *(row.number, row.published, row.num_images, row.num_classes, row.num_rejects),
+                *("-" if count is None else f"{count:,}" for count in (row.num_shards, row.num_new_shards)),
+                _state(row.problem, row.collected, row.pins),
+                ", ".join(row.changes),
+                "" if row.run is None else f"{row.run.host}, {row.run.elapsed_s:,.0f} s, from {row.run.source}",
+            )
+            for row in rows
+        )
+        click.echo(show.table(header, cells))
+        if rows[0].number > 1:
+            click.echo(f"\n{rows[0].number - 1:,} older: --last {rows[-1].number}")
+    if wrong := [row for row in rows if row.problem]:
+        told = "; ".join(f"snapshot {row.number}: {row.problem}" for row in wrong)
+        raise IntegrityError(f"the history of {root} is not sound: {told}")
+
+
+def _state(problem: str, collected: bool, pins: Iterable[str]) -> str:
+    words = [*(["DAMAGED"] if problem else []), *(["collected"] if collected else [])]
+    return ", ".join([*words, *(f"pinned as {pin}" for pin in pins)]) or "whole"
+
+
+@click.command(epilog="Examples: evenshard pin ROOT paper --snapshot 12 | evenshard pin ROOT paper --remove")
+@click.argument("root")
+@click.argument("name", required=False)
+@click.option("--snapshot", "number", type=int, metavar="N", help="Which snapshot (default: the newest).")
+@click.option("--remove", is_flag=True, help="Remove the pin instead.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: bool) -> None:
+    """Keep a snapshot of ROOT from collection under NAME; without NAME, list the pins."""
+    from dataclasses import asdict
+
+    from pipeline.errors import UsageError
+    from pipeline.ingest.pins import pin, read_pins, unpin
+    from pipeline.store import Store
+
+    if name is None:
+        if remove or number is not None:
+            raise UsageError("which pin? name it: evenshard pin ROOT NAME")
+        pins = tuple(read_pins(Store.open(root)).values())
+        text = show.table(("pin", "snapshot"), ((one.name, one.snapshot) for one in pins)) if pins else "no pins"
+    elif remove:
+        if number is not None:
+            raise UsageError("--remove takes the name alone, no --snapshot")
+        pins = (unpin(root, name),)
+        text = f"removed pin {name}: snapshot {pins[0].snapshot} goes when no longer among those that gc keeps"
+    else:
+        pins = (pin(root, name, number),)
+        text = f"snapshot {pins[0].snapshot} of {show.safe(root)} is kept as {name}"
+    click.echo(json.dumps([asdict(one) for one in pins], indent=1, sort_keys=True) if as_json else text)
+
+
+@click.command(epilog="Examples: evenshard gc ROOT --keep 7 | evenshard gc ROOT --keep 7 --delete")
+@click.argument("root")
+@click.option("--keep", type=int, required=True, metavar="N", help="Keep the newest so many snapshots.")
+@click.option("--delete", is_flag=True, help="Remove the files; without it, they are only listed.")
+@click.option(
+    "--grace",
+    callback=_duration,
+    metavar="TIME",
+    help="Leave younger files alone (default: 7d). Builds count on it: shorter only while none runs.",
+)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def gc(root: str, keep: int, delete: bool, grace: float | None, quiet: bool, as_json: bool) -> None:  # fmt: skip
+    """Collect: remove files of ROOT that no kept snapshot names. A dry run, unless --delete is given.
+
+    Kept are the newest N snapshots, pinned ones, and those that were the newest within the grace period. Unknown files
+    are listed and left alone. It may be stopped at any moment, and run beside builds and readers.
+    """
+    from pipeline.ingest.collect import collect
+    from pipeline.ingest.commit import GRACE_S
+
+    with Reporter(quiet=quiet) as progress:
+        done = collect(root, keep, grace_s=GRACE_S if grace is None else grace, delete=delete, progress=progress)
+    click.echo(json.dumps(done.to_json(), indent=1, sort_keys=True) if as_json else _collection(done, root, keep))
+
+
+def _collection(done: Collection, root: str, keep: int) -> str:
+    size = show.num_bytes(done.removed_bytes)
+    count = f"{len(done.removed):,} files"
+    lines = [show.table(("kept", "why"), done.kept.items())]
+    if done.collected:
+        lines.append(f"collected: snapshot {', '.join(map(str, done.collected))}")
+    if not done.deleted:
+        lines += [f"would remove {show.name(entry.path)}" for entry in done.removed[:_SHOWN]]
+        if (more := len(done.removed) - _SHOWN) > 0:
+            lines.append(f"would remove {more:,} more (--json lists all)")
+    if done.young:
+        lines.append(f"left: {_counted(done.young)} that nothing names, younger than the grace period")
+    if done.spared:
+        lines.append(f"left: {len(done.spared):,} files that a build or a pin took meanwhile")
+    if done.unknown:
+        shown = ", ".join(show.name(entry.path) for entry in done.unknown[:_SHOWN])
+        lines.append(f"unknown, left alone: {_counted(done.unknown)}: {shown}")
+    if done.deleted:
+        lines.append(f"freed {size}: removed {count}")
+    elif done.removed:
+        lines.append(f"a dry run: to free {size} in {count}: evenshard gc {show.safe(root)} --keep {keep} --delete")
+    else:
+        lines.append("nothing to remove")
+    return "\n".join(lines)
+
+
+def _counted(entries: Iterable[Entry]) -> str:
+    sizes = [entry.size for entry in entries]
+    return f"{len(sizes):,} files ({show.num_bytes(sum(sizes))})"
