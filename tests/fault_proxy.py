@@ -126,6 +126,7 @@ class ProxyHandler(_Quiet):
     plan: Plan
     sent: Counter[str]  # bytes of whole bodies of GETs, by path
     stall_s: float
+    delay_s: float
 
     def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -134,6 +135,8 @@ class ProxyHandler(_Quiet):
             self.respond(503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce</Message></Error>")
             return
         status, headers, data = self.ask(body)
+        if self.delay_s:
+            threading.Event().wait(self.delay_s)
         if fault in ("cut", "stall") and data:
             self.respond(status, headers, data, up_to=len(data) // 2)
             self.wfile.flush()
@@ -178,8 +181,8 @@ def directory_server(root: str | os.PathLike[str]) -> Iterator[str]:
 
 
 @contextmanager
-def proxy(upstream: str, plan: Plan, stall_s: float = 3.0) -> Iterator[tuple[str, Counter[str]]]:
-    """Its URL, and the bytes of bodies that it sent whole, by path."""
+def proxy(upstream: str, plan: Plan, stall_s: float = 3.0, delay_s: float = 0.0) -> Iterator[tuple[str, Counter[str]]]:
+    """Its URL, and the bytes of bodies that it sent whole, by path. Every answer comes ``delay_s`` late."""
     sent: Counter[str] = Counter()
-    with serving(ProxyHandler, upstream=upstream, plan=plan, sent=sent, stall_s=stall_s) as url:
+    with serving(ProxyHandler, upstream=upstream, plan=plan, sent=sent, stall_s=stall_s, delay_s=delay_s) as url:
         yield url, sent

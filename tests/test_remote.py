@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from fault_proxy import FAULTS, Plan, directory_server, proxy
 from real_servers import needs_nginx, nginx, s3, wait_for
+from remote_kills import kill_while_downloading
 from remote_rank import epoch, every_image, read, read_all
 from tiny_snapshot import write_snapshot
 
@@ -150,7 +151,7 @@ def test_processes_that_share_a_cache_download_each_shard_once(root: Path, tmp_p
     spawn = multiprocessing.get_context("spawn")
     with directory_server(root) as upstream, proxy(upstream, plan) as (url, _), spawn.Pool(2) as pool:
         found = pool.starmap(read_all, [(url, str(tmp_path / "cache"), 1 << 30)] * 2)
-    assert found[0] == found[1] > 0
+    assert found[0] == found[1] == read_all(str(root), str(tmp_path / "unused"), 1 << 30)
     num_shards = open_snapshot(root).shards["split"].to_pylist().count("train")
     assert num_shards > 3
     assert plan.gets("/shards/") == num_shards
@@ -169,6 +170,17 @@ def test_a_killed_download_leaves_a_usable_cache(root: Path, tmp_path: Path) -> 
         assert list(Path(cache).glob("partial/*"))
         assert read_all(upstream, cache, 1 << 30) == read_all(str(root), cache, 1 << 30)
     assert not list(Path(cache).glob("partial/*"))
+
+
+def test_kills_at_random_moments_cost_no_byte_that_had_arrived(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 20.0)  # a busy machine must not look like a stall: requests are counted
+    killed = kill_while_downloading(root, tmp_path, num_kills=5, seed=1)
+    assert killed.num_kills == 5
+    assert killed.num_fetched_again == 0
+    assert killed.num_wrong == 0
+    assert killed.num_in_vain <= killed.num_under_way
 
 
 def test_attempts_are_counted_and_then_the_read_fails_by_name(root: Path) -> None:

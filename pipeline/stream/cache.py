@@ -130,10 +130,16 @@ class NodeCache:
     def _claim(self) -> None:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         found = os.stat(self.directory)
-        if found.st_uid != os.geteuid() or (self._is_marked() and found.st_mode & 0o022):
+        if found.st_uid != os.geteuid():
+            raise StoreError(
+                f"the cache directory {self.directory} belongs to user {found.st_uid}, and this process runs as user "
+                f"{os.geteuid()}: a cache is shared by the processes of one user, so `chown` it, or choose another "
+                f"(cache_dir or ${CACHE_VARIABLE})"
+            )
+        if self._is_marked() and found.st_mode & 0o022:
             raise StoreError(
                 f"the cache directory {self.directory} can be written by others, who could plant files in it: "
-                f"`chmod 700` it if it is yours, or choose another (cache_dir or ${CACHE_VARIABLE})"
+                f"`chmod 700` it, or choose another (cache_dir or ${CACHE_VARIABLE})"
             )
         if not self._is_marked():
             self._mark()
@@ -195,12 +201,22 @@ class NodeCache:
         try:
             yield
         except OSError as error:
-            advice = {errno.ENOSPC: "free some space, or give the cache fewer bytes (cache_bytes)"}
-            what = advice.get(error.errno or 0, "let this user write there")
             raise StoreError(
-                f"cannot {verb} the cache directory {self.directory}: {error.strerror}; {what}, or choose another "
-                f"(cache_dir or ${CACHE_VARIABLE})"
+                f"cannot {verb} the cache directory {self.directory}: {error.strerror}; {self._advice(error)}, or "
+                f"choose another (cache_dir or ${CACHE_VARIABLE})"
             ) from error
+
+    def _advice(self, error: OSError) -> str:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # An error, not reading on without it: what repeats would be fetched, and paid for, again and again.
+            with suppress(OSError):
+                free = shutil.disk_usage(self.directory).free
+                return f"{free} bytes are free there: free some space, or give the cache fewer bytes (cache_bytes)"
+        if error.errno == errno.EROFS:
+            return "mount its file system writable"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return "it was removed while in use: run again"
+        return "let this user write there"
 
     # -- shards
 
