@@ -114,7 +114,7 @@ def main() -> int:
                 fsspec.get_filesystem_class("s3").clear_instance_cache()
                 good &= check_epoch("s3://bucket/root", root, folder, share, plan, sent)
         small = folder / "small"
-        write_snapshot(small, {"train": (400, 200, 100, 50, 20, 10), "val": (0,) * 6, "test": (5, 3, 2, 1, 0, 0)})
+        write_snapshot(small, {"train": (250, 200, 150, 100, 50, 20), "val": (0,) * 6, "test": (5, 3, 2, 1, 0, 0)})
         killed = kill_while_downloading(small, folder / "kills", num_kills=arguments.kills, seed=1)
         print(killed)
         good &= killed.num_fetched_again == killed.num_wrong == 0 and killed.num_in_vain <= killed.num_under_way
