@@ -1,0 +1,31 @@
+"""An engine without Ray, for tests that build hundreds of times: units run one after the other in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+
+class SerialEngine:
+    """Counts the units that it ran, by task."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def map(
+        self, function: Callable[..., Iterator[Any]], units: Iterable[tuple[str, tuple[Any, ...]]]
+    ) -> Iterator[Any]:
+        for name, arguments in units:
+            self.ran.append(f"{function.__name__} {name}")
+            yield from function(*arguments)
+
+
+@pytest.fixture
+def serial_engine(monkeypatch: pytest.MonkeyPatch) -> SerialEngine:
+    from pipeline.ingest.work import Work
+
+    engine = SerialEngine()
+    monkeypatch.setattr(Work, "_engine", lambda self: engine)
+    return engine
