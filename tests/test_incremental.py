@@ -6,13 +6,12 @@ import csv
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from independent_checker import check_root, digests_of, newest, table
+from independent_checker import check_root, newest, table
 from PIL import Image
 from serial_engine import SerialEngine, serial_engine
 
@@ -173,3 +172,307 @@ def test_random_histories_move_nobody_and_need_no_notes(photos: Collection, root
         listed_once(photos, root)
         shutil.rmtree(forgetful)
     assert not verify(root).findings
+
+
+# ---- What is read, and what is rewritten
+
+
+def test_with_nothing_changed_no_unit_runs(photos: Collection, root: Path, serial_engine: SerialEngine) -> None:
+    first = photos.build(root)
+    serial_engine.ran.clear()
+    again = photos.build(root)
+    assert (again.changed, again.number, again.num_read, again.num_units, serial_engine.ran) == (False, 1, 0, 0, [])
+    assert (first.num_new_shards, again.num_new_shards) == (first.num_shards, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("what", ["add", "change", "remove"])
+def test_one_image_touches_one_shard(photos: Collection, root: Path, seed: int, what: str) -> None:
+    """B3: what changed lies below one node of one split's trie, and is what one shard became."""
+    rng = np.random.default_rng(seed)
+    for number in range(40):
+        photos.add(f"more-{number}.png", "ant")
+    photos.build(root)
+    before = {
+        (row["split"], row["prefix"]): row["tar_sha256"] for row in table(root, newest(root)["shards"]).to_pylist()
+    }
+    path = "one-more.png" if what == "add" else str(rng.choice(sorted(photos.rows)))
+    if what == "remove":
+        photos.remove(path)
+    else:
+        photos.add(path, photos.rows.get(path, ("ant", ""))[0], picture(1000 + seed))
+    summary = photos.build(root)
+    now = {(row["split"], row["prefix"]): row["tar_sha256"] for row in table(root, newest(root)["shards"]).to_pylist()}
+    changed = {node for node in before.keys() | now.keys() if before.get(node) != now.get(node)}
+    assert len({split for split, _ in changed}) == 1
+    top = min((prefix for _, prefix in changed), key=len)
+    assert changed
+    assert all(prefix.startswith(top) for _, prefix in changed)
+    assert len(changed & before.keys()) == 1 or len(changed & now.keys()) == 1
+    assert (summary.num_read, summary.num_new_shards) == (0 if what == "remove" else 1, len(changed & now.keys()))
+
+
+def test_touched_files_are_read_and_nothing_is_published(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for path in list(photos.rows)[:3]:
+        photos.add(path, photos.rows[path][0], photos.data(path))
+    again = photos.build(root)
+    assert (again.num_read, again.changed) == (3, False)
+    assert photos.build(root).num_read == 0
+
+
+def test_rejects_stay_without_being_read(photos: Collection, root: Path) -> None:
+    photos.add("bad.png", "ant", b"no image")
+    photos.add("cut.png", "bee", picture(70)[:60])
+    photos.build(root)
+    photos.add("more.png", "cow")
+    assert photos.build(root).num_read == 1
+    assert reasons_of(root) == {"bad.png": "not-an-image", "cut.png": "truncated"}
+
+
+def test_a_copy_takes_the_place_of_the_image_that_went(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    where = splits_of(root)
+    path = next(path for path, split in where.items() if split == "test")
+    photos.add("copy.png", photos.rows[path][0], photos.data(path))
+    assert photos.build(root).num_read == 1
+    assert reasons_of(root) == {"copy.png": "duplicate-of"}
+    assert photos.build(root).num_read == 0
+    photos.remove(path)
+    assert photos.build(root).num_read == 1
+    assert splits_of(root)["copy.png"] == "test"
+
+
+def test_the_incumbent_of_two_copies_stays_whatever_its_key(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    path = "ant-0.png"
+    for number in range(8):
+        photos.add(f"copy-{number}.png", "ant", photos.data(path))
+    photos.build(root)
+    assert set(reasons_of(root)) == {f"copy-{number}.png" for number in range(8)}
+
+
+def test_a_label_conflict_ends_when_one_of_the_two_goes(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    before = splits_of(root)
+    photos.add("other.png", "bee", photos.data("ant-3.png"))
+    photos.build(root)
+    assert set(reasons_of(root).values()) == {"label-conflict"}
+    photos.remove("other.png")
+    assert photos.build(root).num_read == 1
+    assert splits_of(root) == before
+
+
+def test_a_header_check_is_repeated_by_decoding(photos: Collection, root: Path) -> None:
+    photos.build(root, check="header")
+    assert photos.build(root, check="decode").num_read == len(photos.rows)
+    assert photos.build(root, check="header").num_read == 0
+
+
+def test_another_limit_reads_what_it_may_change(photos: Collection, root: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (50, 50)).save(stream, "PNG")
+    photos.add("large.png", "ant", stream.getvalue())
+    photos.add("bad.png", "ant", b"no image")
+    photos.build(root)
+    assert photos.build(root, max_pixels=1000).num_read == 2  # the large one, and the reject
+    assert reasons_of(root) == {"bad.png": "not-an-image", "large.png": "too-large"}
+    assert photos.build(root, max_pixels=2500).num_read == 2
+    assert reasons_of(root) == {"bad.png": "not-an-image"}
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped", "empty", "no json"])
+def test_damaged_notes_cost_reading_and_nothing_else(photos: Collection, root: Path, damage: str) -> None:
+    photos.build(root)
+    notes = next((root / "runs/sources").iterdir())
+    shutil.rmtree(root / "runs/units")
+    data = bytearray(notes.read_bytes())
+    data[len(data) // 2] ^= 1
+    notes.write_bytes({"gone": b"", "flipped": bytes(data), "empty": b"", "no json": b"{\n"}[damage])
+    if damage == "gone":
+        notes.unlink()
+    again = photos.build(root)
+    assert (again.num_read, again.changed) == (len(photos.rows), False)
+
+
+def test_a_build_of_another_place_reads_all(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    shutil.copytree(photos.folder, root.parent / "moved")
+    photos.folder = root.parent / "moved"
+    again = photos.build(root)
+    assert (again.num_read, again.changed) == (len(photos.rows), False)
+
+
+def test_what_was_read_before_a_failure_is_not_read_again(
+    photos: Collection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.build(root)
+    for number in range(9):
+        photos.add(f"more-{number}.png", "ant")
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.ingest.run.commit", lambda store, record: (_ for _ in ()).throw(CommitError("no")))
+        with pytest.raises(CommitError):
+            photos.build(root)
+    again = photos.build(root)
+    assert (again.changed, again.num_read) == (True, 0)
+
+
+# ---- Splits
+
+
+def test_who_comes_back_goes_where_it_was(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    before = splits_of(root)
+    held = [path for path, split in before.items() if split != "train"]
+    away = {path: (photos.rows[path][0], photos.data(path)) for path in held}
+    for path in held:
+        photos.remove(path)
+    photos.build(root)
+    photos.add("new.png", "ant")
+    photos.build(root)
+    for path, (label, data) in away.items():
+        photos.add(path.replace(".png", "-renamed.png"), label, data)
+    photos.build(root)
+    now = splits_of(root)
+    assert {path: now[path.replace(".png", "-renamed.png")] for path in held} == {path: before[path] for path in held}
+    assert all(now[path] == split for path, split in before.items() if split == "train")
+
+
+def test_other_bytes_under_the_same_name_stay_in_the_split(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    before = splits_of(root)
+    for path in list(photos.rows):
+        photos.add(path, photos.rows[path][0])
+    photos.build(root)
+    assert splits_of(root) == before
+
+
+def test_a_relabelled_image_keeps_its_split(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    before = splits_of(root)
+    held = [path for path, split in before.items() if split == "test"]
+    for path in held:
+        photos.rows[path] = ("elk", "")
+    assert photos.build(root).num_read == 0
+    assert splits_of(root) == before
+    classes = table(root, newest(root)["classes"]).to_pylist()
+    assert next(row["test"] for row in classes if row["name"] == "elk") == len(held)
+
+
+def test_a_group_joined_across_splits_loses_its_evaluation_members(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    before = splits_of(root)
+    one, two, three = (next(path for path in before if before[path] == split) for split in ("train", "val", "test"))
+    for path in (one, two, three):
+        photos.rows[path] = (photos.rows[path][0], "family")
+    assert photos.build(root).num_read == 0
+    assert reasons_of(root) == {two: "leak", three: "leak"}
+    assert splits_of(root) == {path: split for path, split in before.items() if path not in (two, three)}
+    for path in (one, two, three):
+        photos.rows[path] = (photos.rows[path][0], "")
+    assert photos.build(root).num_read == 2
+    assert splits_of(root) == before
+
+
+def test_a_class_whose_train_images_went_is_told(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    where = splits_of(root)
+    for path in [path for path in photos.rows if path.startswith("cow") and where[path] == "train"]:
+        photos.remove(path)
+    summary = photos.build(root)
+    assert any("none in train (cow)" in notice for notice in summary.notices)
+    photos.add("cow-new.png", "cow")
+    photos.build(root)
+    assert splits_of(root)["cow-new.png"] == "train"
+
+
+def test_new_images_fill_the_places_of_val_and_test(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for step in range(6):
+        for number in range(10):
+            photos.add(f"ant-{step}-{number}.png", "ant")
+        photos.build(root)
+        splits = [split for path, split in splits_of(root).items() if path.startswith("ant")]
+        quota = len(splits) // 10
+        assert (splits.count("val"), splits.count("test")) == (quota, quota)
+
+
+# ---- Guardrails
+
+
+def test_a_renamed_class_is_no_new_class(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for path, (label, group) in list(photos.rows.items()):
+        photos.rows[path] = ("wasp" if label == "bee" else label, group)
+    told = r"of 5 classes .* 1 have most .* \(7 of 7 images of 'bee' are now 'wasp'\).* --allow class-map\. Nothing"
+    with pytest.raises(CommitError, match=told):
+        photos.build(root, allow=())
+    assert photos.build(root, allow=("class-map",)).number == 2
+
+
+def test_exchanged_ids_are_another_class_map(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    swap = {"ant": "bee", "bee": "ant"}
+    for path, (label, group) in list(photos.rows.items()):
+        photos.rows[path] = (swap.get(label, label), group)
+    with pytest.raises(CommitError, match=r"24 of 24 images of 'ant' are now 'bee', 7 of 7 images of 'bee' are now"):
+        photos.build(root, allow=())
+
+
+def test_a_few_new_labels_are_no_other_class_map(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for path in ("ant-0.png", "ant-1.png", "bee-0.png"):
+        photos.rows[path] = ("cow", "")
+    assert photos.build(root, allow=()).number == 2
+
+
+def test_a_vanished_class_stops_the_commit(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    photos.remove("elk-0.png")
+    with pytest.raises(
+        CommitError, match=r"1 of 5 classes .* no image in this source \(elk\).* --allow class-vanished"
+    ):
+        photos.build(root, allow=())
+    assert photos.build(root, allow=("class-vanished",)).number == 2
+
+
+def test_a_shrunken_source_stops_the_commit(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for number in range(4):
+        photos.remove(f"ant-{number}.png")
+    with pytest.raises(
+        CommitError, match=r"4 of 37 images .* \(10\.8%\), more than --max-shrink 0\.1 .*--allow shrink"
+    ):
+        photos.build(root, allow=())
+    with pytest.raises(CommitError, match="more than --max-shrink 3 allows"):
+        photos.build(root, allow=(), max_shrink=3)
+    assert photos.build(root, allow=(), max_shrink=4).number == 2
+
+
+def test_moved_and_replaced_images_are_not_lost(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for number in range(6):
+        data = photos.data(f"ant-{number}.png")
+        photos.remove(f"ant-{number}.png")
+        photos.add(f"moved/ant-{number}.png", "ant", data)
+        photos.add(f"ant-{number + 6}.png", "ant")
+    assert photos.build(root, allow=()).number == 2
+
+
+@pytest.mark.parametrize("limit", [1, 0.04])
+def test_too_many_rejects_stop_the_commit(photos: Collection, root: Path, limit: float) -> None:
+    photos.build(root)
+    for number in range(2):
+        photos.add(f"bad-{number}.png", "ant", b"no image")
+    with pytest.raises(CommitError, match=rf"2 of 39 entries .* --max-rejects {limit} .*--allow rejects"):
+        photos.build(root, allow=(), max_rejects=limit)
+    assert photos.build(root, allow=("rejects",), max_rejects=limit).number == 2
+
+
+def test_all_that_was_hit_is_told_at_once(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    for path in [path for path in photos.rows if path.startswith(("ant", "elk"))]:
+        photos.remove(path)
+    with pytest.raises(CommitError, match=r"2 of 5 classes .*class-vanished; 25 of 37 images .*shrink\. Nothing"):
+        photos.build(root, allow=())
+    assert pipeline.open_snapshot(root).number == 1

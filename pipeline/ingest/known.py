@@ -30,6 +30,10 @@ _SETTLED = frozenset({Reason.DUPLICATE_OF, Reason.LABEL_CONFLICT, Reason.LEAK})
 """Rejects of readable images: they come back when what expelled them goes."""
 
 
+_RULES = ("check", "max_pixels", "max_bytes", "max_cpu_s")
+"""Settings that another build may change without reading all again; a larger file, the listing itself refuses."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Notes:
     """The listing that a snapshot was built from, and the rules under which its files were read."""
@@ -135,15 +139,15 @@ def find_known(
 
 
 def _comparable(settings: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether files that were read under ``before`` can be known at all."""
-    free = ("check", "max_pixels")
-    return {k: v for k, v in settings.items() if k not in free} == {k: v for k, v in before.items() if k not in free}
+    """Whether files that were read under ``before`` can be known at all: from the same place, by the same versions."""
+    one, two = ({key: value for key, value in rules.items() if key not in _RULES} for rules in (settings, before))
+    return one == two
 
 
 def _still_accepted(
     settings: Mapping[str, Any], before: Mapping[str, Any], num_pixels: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Who was accepted under ``before`` and surely is now: a decoded image has passed the header check as well."""
+    """Who was accepted under ``before`` and is now: a decoded image has passed the header check as well."""
     checked = settings["check"] == before["check"] or before["check"] == "decode"
     return (num_pixels <= settings["max_pixels"]) & np.bool_(checked)
 
