@@ -70,11 +70,13 @@ class BuildConfig(BaseModel):
 
     source: Place
     root: Place
+    source_kind: Literal["folder", "table", "tar", "parquet"] | None = None  # None: told by what is there
     label_from: Literal["parent", "top", "path"] = "parent"
-    split_from: Literal["none", "top"] | None = (
+    split_from: Literal["none", "top", "name"] | None = (
         None  # None: not chosen, so a source with split folders stops with advice
     )
     path_column: Column | None = None
+    image_column: Column | None = None
     label_column: Column | None = None
     split_column: Column | None = None
     group_column: Column | None = None

@@ -31,13 +31,27 @@ def build_options(command: _Command) -> _Command:
         click.argument("source", required=False),
         click.argument("root", required=False),
         click.option("--config", "config_file", metavar="FILE", help="YAML build file; flags override it."),
+        click.option(
+            "--source-kind", type=click.Choice(["folder", "table", "tar", "parquet"]),
+            help="What SOURCE is, where it cannot be told from its files.",
+        ),
         click.option("--label-from", type=click.Choice(["parent", "top", "path"]), help="Folders: what the label is."),
-        click.option("--split-from", type=click.Choice(["none", "top"]), help="Folders: top ones are train/val/test."),
+        click.option(
+            "--split-from", type=click.Choice(["none", "top", "name"]),
+            help="Splits by the folders on top, or (tars, Parquet) by the names of the files: train-00000.tar.",
+        ),
         click.option("--images", metavar="URL", help="Table source: where its image paths start (default: beside it)."),
         click.option("--path-column", metavar="NAME", help="Table source: column of image paths."),
-        click.option("--label-column", metavar="NAME", help="Table source: column of labels."),
-        click.option("--split-column", metavar="NAME", help="Table source: column of splits."),
-        click.option("--group-column", metavar="NAME", help="Table source: rows of one group stay in one split."),
+        click.option(
+            "--image-column", metavar="NAME",
+            help="Parquet: column of image bytes. Tars: the image's extension, where a sample has several images.",
+        ),
+        click.option(
+            "--label-column", metavar="NAME",
+            help="Tables, Parquet: column of labels. Tars: cls (the default), txt, or json.FIELD.",
+        ),
+        click.option("--split-column", metavar="NAME", help="Column of splits (tars: as for labels)."),
+        click.option("--group-column", metavar="NAME", help="Samples of one group stay in one split."),
         click.option("--check", type=click.Choice(["decode", "header"]), help="How each image is checked."),
         click.option("--shard-samples", type=int, metavar="N", help="Divide shards beyond this many images."),
         click.option("--shard-bytes", metavar="N", help="Divide shards beyond it: 128MiB."),
@@ -67,8 +81,9 @@ def build_options(command: _Command) -> _Command:
 def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> None:
     """Read the images of SOURCE once and publish the next snapshot of ROOT.
 
-    SOURCE is a folder (class = an image's own directory) or a table (CSV, TSV, Parquet, JSON Lines). Both may be
-    fsspec URLs. An image that cannot be used becomes a row of the rejects table, with its reason.
+    SOURCE is a folder of images (class = an image's own directory), a table of paths (CSV, TSV, Parquet, JSON Lines),
+    or WebDataset tars or Parquet files with the images in them, one or a folder of them. All may be fsspec URLs. An
+    image that cannot be used becomes a row of the rejects table, with its reason.
     """
     from pipeline.config import load_config, make_config
     from pipeline.ingest.run import run_build

@@ -75,7 +75,8 @@ def gather(
             continue
         index = read_index(store, record.pack)
         number = np.full(index.num_rows, len(packs), np.int32)
-        code = np.full(index.num_rows, SPLITS.index(index["split"][0].as_py()), np.int8)
+        first = index["split"][0].as_py()  # '' in what a container became: it is no shard of any split
+        code = np.full(index.num_rows, SPLITS.index(first) if first else SPLIT_UNSET, np.int8)
         packs.append(record.pack)
         place = np.arange(index.num_rows, dtype=np.int32)
         held.append((number, place, index["class_id"].to_numpy(), code, index["group"].to_numpy()))

@@ -25,6 +25,7 @@ from pipeline.config import BuildConfig, make_config
 from pipeline.errors import SourceError, UsageError
 from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
+from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
 from pipeline.ingest.known import Known, Notes, find_known, notes_path, read_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
@@ -32,7 +33,7 @@ from pipeline.ingest.past import Past, load_past
 from pipeline.ingest.rejects import is_passing, read_rejects, reject_table
 from pipeline.ingest.settle import Samples, Settlement, settle
 from pipeline.ingest.shards import pack_source, repack
-from pipeline.ingest.source import Listing, list_source
+from pipeline.ingest.source import Container, Listing, list_source
 from pipeline.ingest.splits import TRAIN, assign
 from pipeline.ingest.summary import BuildSummary, finish, summarise
 from pipeline.ingest.tables import Written, put_tables
@@ -125,6 +126,7 @@ class _Build:
         self._settings = _reading_settings(config, listing)
         self._listed = _listing_digest(config, listing)
         self._is_final = True  # no file was refused for a reason that may pass by itself
+        self._opened: set[int] = set()  # tokens of containers that were read
         self._rule = ShardRule(config.shard_samples, config.shard_bytes, config.seed)
 
     def unchanged(self) -> _Content | None:
@@ -135,6 +137,8 @@ class _Build:
         if (notes.listing, notes.settings) != (self._listed, self._settings):
             return None
         record = parent.record
+        if self.listing.containers:  # what is in them is what it was
+            self.listing = dataclasses.replace(self.listing, references=notes.references)
         guards.check(self._config, None, parent.rejects, self._num_listed())
         return _Content(
             classes=record.classes,
@@ -148,9 +152,10 @@ class _Build:
 
     def run(self) -> _Content:
         """Read what is not known, settle who is in, write the shards and tables that this changes."""
-        _check_train(self._config, self.listing.references["split"].to_numpy())
         past = load_past(self._store, self._parent)
         with Work(self._config, self._store, self._notify) as work:
+            self._open_containers(work)
+            _check_train(self._config, self.listing.references["split"].to_numpy())
             known, samples, settled, packs = self._read_and_settle(work, past)
             rejects = self._rejects(known, samples, settled)
             self._guard(past, samples, settled, rejects)
@@ -181,13 +186,30 @@ class _Build:
         if self._parent is not snapshot or self._notes is None or self._notes.listing != self._listed:
             self._store.replace(notes_path(record_id(snapshot.record)), notes.encode())
 
+    def _open_containers(self, work: Work) -> None:
+        """Make the listing one of samples: read the containers that changed."""
+        listing = self.listing
+        if not listing.containers:
+            return
+        kept = keep(listing.containers, self._settings, self._notes, self._parent)
+        changed = [container for container in listing.containers if container.name not in kept.names]
+        self._read_containers(work, changed)
+        listing = sample_listing(self._store, listing, list(zip(changed, self.records, strict=True)), kept)
+        self.listing = _with_class_ids_of(self._parent, listing)
+
+    def _read_containers(self, work: Work, containers: Sequence[Container]) -> None:
+        config, units = self._config, container_units(containers, self._settings)
+        arguments = (self.listing.container_reader, config.inspection)
+        self.records += work.run("read", pack_container, units, arguments, 0)
+        self._opened.update(map(token, containers))
+
     def _read_and_settle(self, work: Work, past: Past) -> tuple[Known, Samples, Settlement, tuple[Pack, ...]]:
         """Until every image that stays is at hand: those that came back are read, which may settle things anew."""
         references = self.listing.references
         known = find_known(references, self._settings, self._notes, past, self._parent)
         split = self._provisional(known, past)
         while True:
-            self._read(work, split)
+            known = self._read(work, known, split)
             samples, packs = gather(self._store, references, known, past, self.records)
             if not len(samples.key):
                 raise SourceError(_nothing_readable(self._config, self.listing, self.records))
@@ -213,11 +235,18 @@ class _Build:
         wanted[known.to_read] = split[known.to_read]
         return wanted
 
-    def _read(self, work: Work, split: Any) -> None:
+    def _read(self, work: Work, known: Known, split: Any) -> Known:
+        """Read everything that has a split; returns what is still known from the past."""
+        if self.listing.containers:
+            marks = self.listing.references["fingerprint"].to_numpy()
+            wanted = set(np.unique(marks[split != SPLIT_UNSET]).tolist()) - self._opened
+            self._read_containers(work, [item for item in self.listing.containers if token(item) in wanted])
+            return known.without(np.flatnonzero(np.isin(marks, np.array(sorted(self._opened), np.uint64))))
         config, total = self._config, int(np.count_nonzero(split != SPLIT_UNSET))
         units = (unit.with_digest(self._settings) for unit in reading_units(self.listing.references, split, self._rule))
         arguments = (self.listing.reader, config.inspection)
         self.records += work.run("read", pack_source, units, arguments, total)
+        return known
 
     def _rejects(self, known: Known, samples: Samples, settled: Settlement) -> pa.Table:
         before = self._parent.rejects if self._parent else None
@@ -298,7 +327,14 @@ def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
         **dataclasses.asdict(config.inspection.limits),
         "pillow": version("pillow"),
         "evenshard": version("evenshard"),
+        **_opening_settings(config, listing),
     }
+
+
+def _opening_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
+    """What decides which samples a container holds."""
+    reader = listing.container_reader
+    return {"fields": dataclasses.asdict(reader.fields), "split_from": config.split_from} if reader else {}
 
 
 def _listing_digest(config: BuildConfig, listing: Listing) -> str:
@@ -307,6 +343,7 @@ def _listing_digest(config: BuildConfig, listing: Listing) -> str:
     digest = hashlib.sha256(json.dumps([meaning, listing.class_names], sort_keys=True).encode())
     digest.update(table_to_ipc(listing.rejects))
     digest.update(table_to_ipc(listing.references))
+    digest.update(json.dumps([(token(item), item.split) for item in listing.containers]).encode())
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from pipeline.ingest.units import Repack, Unit, UnitRecord, index_keys, put_unit
 from pipeline.schema import INDEX, FileRef, Reason, index_path, tar_path
 from pipeline.store import ShardReader, Store, read_image, table_to_ipc
 
-__all__ = ["Leaf", "TarWriter", "leaves", "pack_source", "repack", "shard_hash", "tar_header"]
+__all__ = ["Leaf", "ShardWriter", "TarWriter", "index_table", "leaves", "pack_source", "repack", "shard_hash", "tar_header"]
 
 _TELL_EVERY = 100
 
@@ -37,11 +37,11 @@ def pack_source(
 ) -> Iterator[int | UnitRecord]:
     """Read the members of ``unit`` from the source once: hash, check, write."""
     store, intake = Store.open(root), _Intake()
-    with _ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
+    with ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
         for number, _ in enumerate(intake.fill(writer, unit, reader, inspector), 1):
             if number % _TELL_EVERY == 0:
                 yield _TELL_EVERY
-        tar, index = writer.finish(_index_table(intake.rows))
+        tar, index = writer.finish(index_table(intake.rows))
     yield unit.num_members % _TELL_EVERY
     yield put_unit_record(
         store,
@@ -61,7 +61,7 @@ def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecor
     del attempt
     store = Store.open(root)
     rows, tars = _rows_of(unit, store)
-    with _ShardWriter(store) as writer:
+    with ShardWriter(store) as writer:
         columns = [rows[name].to_pylist() for name in ("key", "class_id", "format", "offset", "size", "checksum")]
         reader = ShardReader(store)
         offsets = np.empty(rows.num_rows, np.uint64)
@@ -97,7 +97,7 @@ class _Intake:
     num_images: int = 0
     num_bytes: int = 0
 
-    def fill(self, writer: _ShardWriter, unit: Unit, reader: SourceReader, inspector: Inspector) -> Iterator[None]:
+    def fill(self, writer: ShardWriter, unit: Unit, reader: SourceReader, inspector: Inspector) -> Iterator[None]:
         """Take in the members one by one, in order: each becomes a row, or a reject."""
         columns = [unit.members.column(name).to_pylist() for name in ("path", "key", "class_id", "group", "size")]
         for path, number, class_id, group, size in zip(*columns, strict=True):
@@ -124,7 +124,7 @@ def _shape(facts: Facts) -> tuple[int, int, str, str]:
     return facts.width, facts.height, facts.format, facts.mode
 
 
-class _ShardWriter:
+class ShardWriter:
     """Tar and index of one shard. Samples come sorted by key; nothing is stored before ``finish``."""
 
     def __init__(self, store: Store) -> None:
@@ -134,7 +134,7 @@ class _ShardWriter:
         self._stream = open(self._path, "xb", buffering=1 << 20)  # noqa: SIM115 - closed by finish and __exit__
         self._tar = TarWriter(self._stream)
 
-    def __enter__(self) -> _ShardWriter:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
@@ -166,6 +166,7 @@ class _ShardWriter:
         return FileRef(sha256=digest, size=self._tar.size, num_rows=rows.num_rows), index_ref
 
 
-def _index_table(rows: list[tuple[Any, ...]]) -> pa.Table:
+def index_table(rows: list[tuple[Any, ...]]) -> pa.Table:
+    """INDEX of rows in its column order."""
     columns = zip(*rows, strict=True) if rows else [[] for _ in INDEX]
     return pa.table([pa.array(values, item.type) for values, item in zip(columns, INDEX, strict=True)], schema=INDEX)

@@ -1,8 +1,10 @@
-"""What a source holds: the door to `source_folder` and `source_table`.
+"""What a source holds: the door to `source_folder`, `source_table` and `source_containers`.
 
-Comes in: a configuration. Goes out: a `Listing`: references sorted by key, class names, rejects, a reader for workers.
-Guarantees: every file (folder) or row (table) is one reference or one reject; the order of listing changes nothing; no
-image is opened; a source that is missing, empty, ambiguous or within ROOT stops with advice.
+Comes in: a configuration. Goes out: a `Listing`: references sorted by key, class names, rejects, a reader for workers;
+of containers (tars, Parquet with image bytes) only which there are, for what is in them is known once they are read.
+Guarantees: every file (folder) or row (table) is one reference or one reject, every other file one container; the order
+of listing changes nothing; no image is opened; a source that is missing, empty, ambiguous or within ROOT stops with
+advice.
 """
 
 from __future__ import annotations
@@ -11,25 +13,47 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
 from pipeline.config import BuildConfig
 from pipeline.errors import SourceError
+from pipeline.ingest.source_containers import (
+    Container,
+    ContainerListing,
+    ContainerReader,
+    first_of_a_kind,
+    mixture,
+    parquet_holds_images,
+)
 from pipeline.ingest.source_files import Place, SourceReader, kind_of, open_place
 from pipeline.ingest.source_folder import FolderListing
+from pipeline.ingest.source_items import Fields, container_kind
 from pipeline.ingest.source_rows import Rows
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
+from pipeline.schema import REFERENCES
 
-__all__ = ["Listing", "SourceReader", "list_source"]
+__all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "twins"]
 
 NUM_EXAMPLES = 5
-_TABLE_OPTIONS = ("path_column", "label_column", "split_column", "group_column", "images")
+_COLUMNS = ("label_column", "split_column", "group_column")
+_NOT_FOR = {
+    "folder": ("path_column", "image_column", *_COLUMNS, "images"),
+    "table": ("image_column",),
+    "containers": ("path_column", "images"),
+}
+"""Options that mean nothing for a kind of source."""
+
+_Kind = Literal["folder", "table", "containers"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What was found: ``class_names[class_id]``; ``splits_given`` where the source says who is train, val and test."""
+    """What was found: ``class_names[class_id]``; ``splits_given`` where the source says who is train, val and test.
+
+    With ``containers`` there are no references yet: `ingest.containers` reads them, and makes a listing of samples.
+    """
 
     references: pa.Table
     class_names: tuple[str, ...]
@@ -37,53 +61,128 @@ class Listing:
     reader: SourceReader
     notices: tuple[str, ...]
     splits_given: bool
+    containers: tuple[Container, ...] = ()
+    container_reader: ContainerReader | None = None
 
 
 def list_source(config: BuildConfig) -> Listing:
-    """List ``config.source``: names and sizes, of a table also its text."""
+    """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers."""
     source = open_place(config.source)
-    is_table = _is_table(source)
-    _check_apart(source, open_place(config.root), is_table)
+    storage = _storage_kind(source)
+    kind = _kind(config, source, storage)
+    _check_apart(source, open_place(config.root), is_file=storage == "file" or kind == "table")
+    _check_options(config, source, kind)
+    if kind == "containers":
+        return _list_containers(config, source, is_file=_is_one_file(source, storage))
     rows = Rows(max_bytes=config.max_image_bytes)
     images, notices, splits_given = (
-        _list_table(config, source, rows) if is_table else _list_folder(config, source, rows)
+        _list_table(config, source, rows) if kind == "table" else _list_folder(config, source, rows)
     )
     if not len(rows):
-        raise SourceError(_nothing_found(source, rows, is_table))
+        raise SourceError(_nothing_found(source, rows, kind))
     settled = rows.settle()
     if not settled.references.num_rows:
-        raise SourceError(_nothing_found(source, rows, is_table))
+        raise SourceError(_nothing_found(source, rows, kind))
     return Listing(
         references=settled.references,
         class_names=settled.class_names,
         rejects=settled.rejects,
         reader=SourceReader(images, config.max_image_bytes),
-        notices=notices + _twins(settled.class_names),
+        notices=notices + twins(settled.class_names),
         splits_given=splits_given,
     )
 
 
-def _is_table(source: Place) -> bool:
+def _storage_kind(source: Place) -> str:
     kind = kind_of(source)
     if kind == "missing":
         chained = "; chained URLs ('::') are not supported" if "::" in source.path else ""
-        raise SourceError(f"source {source.shown} is not there: give a folder of images or a table{chained}")
-    is_table = table_kind(source.name) is not None and kind != "folder"
-    if kind == "file" and not is_table:
         raise SourceError(
-            f"source {source.shown} is a file, but no table: its name must end in {', '.join(sorted(KINDS))}; "
-            "or give the folder that holds the images"
+            f"source {source.shown} is not there: give a folder of images, a table, or tars or Parquet files{chained}"
         )
-    return is_table
+    return kind
 
 
-def _check_apart(source: Place, root: Place, is_table: bool) -> None:
+def _is_one_file(source: Place, storage: str) -> bool:
+    """The web does not tell a file from a folder: there the name does."""
+    return storage == "file" or (storage == "unknown" and container_kind(source.name) is not None)
+
+
+def _kind(config: BuildConfig, source: Place, storage: str) -> _Kind:
+    """What to take the source for: what was asked, what its name says, what the first telling file in it is."""
+    asked = config.source_kind
+    is_file = storage == "file" or (storage == "unknown" and _named_like_a_file(source.name))
+    if asked == "folder" and is_file:
+        raise SourceError(f"source {source.shown} is a file, and --source-kind folder was asked for")
+    if asked == "table" and table_kind(source.name) is None:
+        raise SourceError(f"source {source.shown} is no table: its name must end in {', '.join(sorted(KINDS))}")
+    if asked is not None:
+        return asked if asked in ("folder", "table") else "containers"
+    if not is_file:
+        return "containers" if first_of_a_kind(source) == "containers" else "folder"
+    if container_kind(source.name) == "parquet":
+        return "containers" if parquet_holds_images(source, _fields(config)) else "table"
+    if container_kind(source.name) == "tar":
+        return "containers"
+    if table_kind(source.name) is None:
+        raise SourceError(
+            f"source {source.shown} is a file, but no table, tar or Parquet file: its name must end in "
+            f"{', '.join(sorted(KINDS))}, .tar, .tar.gz or .tgz; or give the folder that holds the images"
+        )
+    return "table"
+
+
+def _named_like_a_file(name: str) -> bool:
+    return table_kind(name) is not None or container_kind(name) is not None
+
+
+def _check_options(config: BuildConfig, source: Place, kind: _Kind) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in _NOT_FOR[kind] if getattr(config, name) is not None]
+    if given:
+        what = {"folder": "a folder of images", "table": "a table", "containers": "made of tars or Parquet files"}[kind]
+        raise SourceError(f"{', '.join(given)}: not for source {source.shown}, which is {what}")
+
+
+def _fields(config: BuildConfig) -> Fields:
+    return Fields(
+        image=config.image_column,
+        label=config.label_column,
+        split=config.split_column,
+        group=config.group_column,
+        ignore_split=config.split_from == "none",
+    )
+
+
+def _list_containers(config: BuildConfig, source: Place, *, is_file: bool) -> Listing:
+    _check_one_split(config)
+    kind = config.source_kind
+    assert kind in (None, "tar", "parquet")
+    listing = ContainerListing(source, _fields(config), kind=kind, split_from=config.split_from)
+    containers = listing.run(is_file=is_file)
+    rows = Rows(max_bytes=config.max_image_bytes)
+    for refused in listing.rejects:
+        rows.reject(refused.path, refused.reason, detail=refused.detail)
+    if not containers:
+        raise SourceError(_nothing_found(source, rows, "containers"))
+    return Listing(
+        references=REFERENCES.empty_table(),
+        class_names=(),
+        rejects=rows.rejects_table(),
+        reader=SourceReader(source, config.max_image_bytes),
+        notices=listing.notices,
+        splits_given=listing.has_splits,
+        containers=tuple(containers),
+        container_reader=ContainerReader(source, listing.fields, config.max_image_bytes),
+    )
+
+
+def _check_apart(source: Place, root: Place, *, is_file: bool) -> None:
     if root.holds(source):
         raise SourceError(
             f"source {source.shown} {'is' if root == source else 'lies within'} ROOT {root.shown}: a build must not "
             "read what it writes; give another ROOT"
         )
-    if not is_table and source.holds(root):
+    if not is_file and source.holds(root):
         raise SourceError(
             f"ROOT {root.shown} lies within the source {source.shown}: the next build would list its files as images; "
             "give a ROOT outside"
@@ -91,18 +190,21 @@ def _check_apart(source: Place, root: Place, is_table: bool) -> None:
 
 
 def _list_folder(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, tuple[str, ...], bool]:
-    given = [f"--{name.replace('_', '-')}" for name in _TABLE_OPTIONS if getattr(config, name) is not None]
-    if given:
-        raise SourceError(f"{', '.join(given)}: for tables only, but source {source.shown} is a folder")
+    if config.split_from == "name":
+        raise SourceError(f"--split-from name is for tars and Parquet files, but source {source.shown} is a folder")
     listing = FolderListing(source, rows, label_from=config.label_from, split_from=config.split_from)
-    return source, listing.run(), config.split_from == "top"
+    notices = listing.run()
+    if listing.containers and config.source_kind is None:
+        raise SourceError(mixture(source, sorted(listing.containers), "tars or Parquet files beside images"))
+    return source, notices, config.split_from == "top"
 
 
 def _list_table(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, tuple[str, ...], bool]:
-    if config.split_from == "top":
-        raise SourceError(f"--split-from top is for folders; for the table {source.shown} use `--split-column NAME`")
-    if config.split_from == "none" and config.split_column is not None:
-        raise SourceError("--split-from none and --split-column exclude each other: choose one")
+    if config.split_from in ("top", "name"):
+        raise SourceError(
+            f"--split-from {config.split_from} is for folders; for the table {source.shown} use `--split-column NAME`"
+        )
+    _check_one_split(config)
     images = source.parent if config.images is None else open_place(config.images)
     if images.is_local and kind_of(images) != "folder":
         raise SourceError(f"--images {images.shown} is not a folder")
@@ -119,16 +221,25 @@ def _list_table(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, 
     return images, notices, listing.has_splits
 
 
-def _nothing_found(source: Place, rows: Rows, is_table: bool) -> str:
+def _check_one_split(config: BuildConfig) -> None:
+    if config.split_from == "none" and config.split_column is not None:
+        raise SourceError("--split-from none and --split-column exclude each other: choose one")
+
+
+def _nothing_found(source: Place, rows: Rows, kind: _Kind) -> str:
     rejected = ", ".join(f"{number} {reason}" for reason, number in rows.num_rejects_by_reason().items())
-    expected = "a row for each image" if is_table else "class folders with images in them, like SOURCE/cat/1.jpg"
+    expected = {
+        "table": "a row for each image",
+        "folder": "class folders with images in them, like SOURCE/cat/1.jpg",
+        "containers": "files that end in .tar, .tar.gz, .tgz or .parquet",
+    }[kind]
     if not rejected:
         return f"source {source.shown} is empty; expected {expected}"
     return f"source {source.shown} has no usable image ({rejected}); expected {expected}"
 
 
-def _twins(names: Sequence[str]) -> tuple[str, ...]:
-    """Class names that look alike are distinct classes, which is seldom what was meant."""
+def twins(names: Sequence[str]) -> tuple[str, ...]:
+    """A notice on class names that look alike: they are distinct classes, which is seldom what was meant."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), []).append(name)

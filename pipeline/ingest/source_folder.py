@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.ingest.source_files import Found, Place, list_folder_entries
+from pipeline.ingest.source_items import container_kind
 from pipeline.ingest.source_rows import SPLIT_NAMES, Rows, printable
 from pipeline.schema import SPLIT_UNSET, SPLITS, Reason
 
@@ -39,6 +40,8 @@ class FolderListing:
         self._split_from: SplitFrom = split_from
         self._num_files: dict[tuple[int, str], dict[str, int]] = {}  # (split, label) -> class folder -> files
         self._empty: list[tuple[str, _Meaning]] = []
+        self.containers: list[str] = []
+        """Files met that are named like tars or Parquet files; rejects, if this is a folder of images."""
 
     def run(self) -> tuple[str, ...]:
         tops = self._list("")
@@ -70,6 +73,8 @@ class FolderListing:
         return folders
 
     def _take(self, path: str, found: Found, meaning: _Meaning) -> bool:
+        if container_kind(found.name):
+            self.containers.append(path)
         if meaning.label is None:
             reason = found.problem or Reason.NO_LABEL
             self._rows.reject(path, reason, split=meaning.split, detail=found.detail or meaning.why_not)

@@ -7,12 +7,23 @@ Comes in: nothing. Goes out: the words that readers of containers share. Guarant
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.ingest.source_rows import SPLIT_NAMES, is_encodable, printable
 from pipeline.keyed import text_key
 from pipeline.schema import SPLIT_UNSET, Reason
+
+ContainerKind = Literal["tar", "parquet"]
+
+CONTAINER_KINDS: dict[str, ContainerKind] = {
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+"""Extensions (lower case) of containers."""
 
 MAX_LABEL_CHARS = 500
 """A class name. Longer texts are captions."""
@@ -65,6 +76,11 @@ class Names:
             candidate = f"{path}#{number}"
         self._seen.add(key)
         return candidate
+
+
+def container_kind(name: str) -> ContainerKind | None:
+    """'tar' or 'parquet' by extension, else None."""
+    return next((kind for extension, kind in CONTAINER_KINDS.items() if name.lower().endswith(extension)), None)
 
 
 def label_problem(label: str | None) -> tuple[Reason, str] | None:

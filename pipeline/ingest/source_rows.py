@@ -141,7 +141,7 @@ class Rows:
         columns["size"] = pa.array(_taken(self._sizes, np.int64, order))
         columns["fingerprint"] = pa.array(_taken(self._fingerprints, np.uint64, order))
         references = pa.Table.from_arrays([columns[name] for name in REFERENCES.names], schema=REFERENCES)
-        return Settled(references=references, class_names=names, rejects=self._rejects_table())
+        return Settled(references=references, class_names=names, rejects=self.rejects_table())
 
     def _kept(self, order: NDArray[np.int32], paths: pa.Array) -> NDArray[np.bool_]:
         kept = np.ones(len(order), np.bool_)
@@ -191,7 +191,8 @@ class Rows:
         reasons = [row[4] for row in self._rejects]
         return dict(sorted(((r, reasons.count(r)) for r in set(reasons)), key=lambda item: (-item[1], item[0])))
 
-    def _rejects_table(self) -> pa.Table:
+    def rejects_table(self) -> pa.Table:
+        """REJECTS, sorted."""
         rows = sorted(self._rejects, key=lambda row: (row[0], row[4], row[5], row))
         columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in REJECTS]
         return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=REJECTS)

@@ -99,6 +99,7 @@ class UnitRecord:
     rejects: tuple[tuple[str, str, str, str], ...] = ()  # (path, reason, detail, sha256)
     num_images: int = 0  # read, good or bad
     num_bytes: int = 0
+    contents: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of a container: `ingest.containers`
     reused: bool = field(default=False, compare=False)
 
     @property
@@ -129,6 +130,7 @@ def encode_unit_record(record: UnitRecord) -> bytes:
         "rejects": record.rejects,
         "num_images": record.num_images,
         "num_bytes": record.num_bytes,
+        **({"contents": record.contents} if record.contents else {}),
     }
     return json.dumps(body, indent=0, sort_keys=True).encode()
 
@@ -147,6 +149,7 @@ def find_unit_record(store: Store, digest: str) -> UnitRecord | None:
             rejects=tuple((str(a), str(b), str(c), str(d)) for a, b, c, d in body["rejects"]),
             num_images=int(body["num_images"]),
             num_bytes=int(body["num_bytes"]),
+            contents=dict(body.get("contents", {})),
             reused=True,
         )
     except (ValueError, KeyError, TypeError):

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import BuildConfig
+from pipeline.ingest.containers import ContainerUnit
 from pipeline.ingest.units import Repack, Unit, UnitFunction, UnitRecord, find_unit_record
 from pipeline.store import Store
 
@@ -40,7 +41,12 @@ class Work:
         self._open.close()
 
     def run(
-        self, stage: str, function: UnitFunction, units: Iterator[Unit | Repack], rest: tuple[Any, ...], total: int
+        self,
+        stage: str,
+        function: UnitFunction,
+        units: Iterator[Unit | Repack | ContainerUnit],
+        rest: tuple[Any, ...],
+        total: int,
     ) -> list[UnitRecord]:
         """Do ``function(root, unit, *rest)`` for every unit that is not done yet; ``total`` images in all."""
         finished: dict[str, UnitRecord] = {}
