@@ -146,7 +146,17 @@ def test_meaning_holds_what_decides_bytes_and_nothing_else() -> None:
     two = make_config(source="c", root="d")
     assert one.meaning() == two.meaning()
     assert set(one.meaning()) == {
-        *("label_from", "split_from", "path_column", "label_column", "split_column", "group_column", "check"),
+        *(
+            "label_from",
+            "split_from",
+            "path_column",
+            "source_kind",
+            "image_column",
+            "label_column",
+            "split_column",
+            "group_column",
+            "check",
+        ),
         *("shard_samples", "shard_bytes", "seed", "manifests", "max_pixels", "max_image_bytes", "max_decode_s"),
     }
 

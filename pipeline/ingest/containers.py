@@ -121,7 +121,7 @@ class _Intake:
         group = number if item.group is None else item.group
         digest = hashlib.sha256(item.data).digest()
         try:
-            facts = inspect(item.data, check=check, limits=limits)
+            facts = inspector.inspect(item.data, item.path)
         except ImageRejected as rejected:
             self.rejects.append((item.path, str(rejected.reason), rejected.detail, digest.hex()))
             self.rejected.append((code, item.split, group, len(item.data)))

@@ -334,7 +334,10 @@ def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
 def _opening_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
     """What decides which samples a container holds."""
     reader = listing.container_reader
-    return {"fields": dataclasses.asdict(reader.fields), "split_from": config.split_from} if reader else {}
+    if reader is None:
+        return {}
+    fields, columns = dataclasses.asdict(reader.fields), dataclasses.asdict(reader.columns)
+    return {"fields": fields, "columns": columns, "split_from": config.split_from}
 
 
 def _listing_digest(config: BuildConfig, listing: Listing) -> str:

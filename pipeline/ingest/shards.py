@@ -27,7 +27,17 @@ from pipeline.ingest.units import Repack, Unit, UnitRecord, index_keys, put_unit
 from pipeline.schema import INDEX, FileRef, Reason, index_path, tar_path
 from pipeline.store import ShardReader, Store, read_image, table_to_ipc
 
-__all__ = ["Leaf", "ShardWriter", "TarWriter", "index_table", "leaves", "pack_source", "repack", "shard_hash", "tar_header"]
+__all__ = [
+    "Leaf",
+    "ShardWriter",
+    "TarWriter",
+    "index_table",
+    "leaves",
+    "pack_source",
+    "repack",
+    "shard_hash",
+    "tar_header",
+]
 
 _TELL_EVERY = 100
 

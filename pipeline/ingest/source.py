@@ -172,7 +172,7 @@ def _list_containers(config: BuildConfig, source: Place, *, is_file: bool) -> Li
         notices=listing.notices,
         splits_given=listing.has_splits,
         containers=tuple(containers),
-        container_reader=ContainerReader(source, listing.fields, config.max_image_bytes),
+        container_reader=ContainerReader(source, listing.fields, listing.columns, config.max_image_bytes),
     )
 
 

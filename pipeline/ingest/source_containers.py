@@ -53,21 +53,16 @@ class ContainerReader:
     """Reads containers of one place; travels to workers."""
 
     place: Place
-    fields: Fields
+    fields: Fields  # of tars
+    columns: Fields  # of Parquet files
     max_bytes: int
 
     def items(self, container: Container) -> Iterator[Item]:
         """Every sample, and whatever else is in there, in the order of the file."""
         with open_listed(self.place, container.listed) as file:
             if container.kind == "parquet":
-                yield from read_rows(
-                    file,
-                    container.name,
-                    self.fields,
-                    container.part,
-                    split=container.split,
-                    max_bytes=self.max_bytes,
-                )
+                limits = {"split": container.split, "max_bytes": self.max_bytes}
+                yield from read_rows(file, container.name, self.columns, container.part, **limits)
                 return
             inflated = Inflated(file) if container.name.lower().endswith("gz") else None
             stream = file if inflated is None else inflated
@@ -118,12 +113,14 @@ class ContainerListing:
         self._kind: ContainerKind | None = kind
         self._split_from: SplitFrom = split_from
         self.fields = fields
+        """As asked; what the first Parquet file makes of them is in ``columns``."""
+        self.columns = fields
         self.rejects: list[Refused] = []
         self.notices: tuple[str, ...] = ()
 
     @property
     def has_splits(self) -> bool:
-        return self._split_from in ("top", "name") or self.fields.split is not None
+        return self._split_from in ("top", "name") or self.columns.split is not None
 
     def run(self, *, is_file: bool) -> list[Container]:
         containers: list[Container] = []
@@ -135,7 +132,7 @@ class ContainerListing:
         else:
             # By name: a server that lists one file twice has not got two.
             containers = [found for _, found in sorted({found.name: found for found in self._walk()}.items())]
-        self._settle_fields(containers)
+        self._settle_columns(containers)
         return [part for container in self._with_splits(containers) for part in self._parts(container)]
 
     def _walk(self) -> Iterator[Container]:
@@ -173,7 +170,7 @@ class ContainerListing:
             return Refused(path, Reason.FORMAT_NOT_ALLOWED, f"not {wanted} by its name")
         return None if found.size else Refused(path, Reason.EMPTY, "0 bytes")
 
-    def _settle_fields(self, containers: Sequence[Container]) -> None:
+    def _settle_columns(self, containers: Sequence[Container]) -> None:
         """The first Parquet file that can be read decides the columns of all, so that no file means others."""
         for container in containers:
             if container.kind != "parquet":
@@ -184,32 +181,28 @@ class ContainerListing:
             except Unreadable:
                 continue
             chosen = choose_columns(schema, self.fields, f"{self._place.shown}: {container.name}")
-            asked, self.fields = (
-                self.fields,
-                replace(self.fields, image=chosen.image, label=chosen.label, split=chosen.split, group=chosen.group),
+            self.columns = replace(
+                self.fields, image=chosen.image, label=chosen.label, split=chosen.split, group=chosen.group
             )
             self.notices = tuple(
                 f"column {name!r} decides the {what}"
-                for what, name, given in (
-                    ("split", chosen.split, asked.split),
-                    ("group", chosen.group, asked.group),
-                )
-                if name is not None and given is None
+                for what, name in (("split", chosen.split), ("group", chosen.group))
+                if name is not None and getattr(self.fields, what) is None
             )
             return
 
     def _with_splits(self, containers: Sequence[Container]) -> Iterator[Container]:
         by_name = [split_in_name(container.name) for container in containers]
-        if self._split_from is None and self.fields.split is None:
+        if self._split_from is None and self.columns.split is None:
             known = {code for code in by_name if code is not None}
             if 0 in known and len(known) > 1:
                 raise SourceError(self._split_advice(containers, by_name))
         if self._split_from not in ("top", "name"):
             yield from containers
             return
-        if self.fields.split is not None:
+        if self.columns.split is not None:
             raise SourceError(
-                f"--split-from {self._split_from} and the column {self.fields.split!r} both give splits: choose one"
+                f"--split-from {self._split_from} and the column {self.columns.split!r} both give splits: choose one"
             )
         found = by_name if self._split_from == "name" else [_split_on_top(c.name) for c in containers]
         bare = [container.name for container, code in zip(containers, found, strict=True) if code is None]
