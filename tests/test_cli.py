@@ -135,6 +135,36 @@ def test_history_tells_each_snapshot_and_its_run(
     assert "1 older: --last 2" in told
 
 
+def test_diff_tells_what_a_rebuild_changed(
+    local_ray: None, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    shutil.copytree(tiny_images, source)
+    assert call("build", source, root, "--quiet") == 0
+    (source / "apple/000.jpg").rename(source / "dates/apple.jpg")
+    (source / "apple/001.jpg").unlink()
+    (source / "bread/000.jpg").rename(source / "bread/bun.jpg")
+    with (source / "cocoa/000.jpg").open("ab") as file:
+        file.write(b" ")
+    assert call("build", source, root, "--quiet") == 0
+    capsys.readouterr()
+    assert call("diff", root, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    paths = {kind: {(one["path_before"], one["path"]) for one in images} for kind, images in found["images"].items()}
+    assert paths == {
+        "added": set(),
+        "removed": {("apple/001.jpg", None)},
+        "changed": {("cocoa/000.jpg", "cocoa/000.jpg")},
+        "renamed": {("bread/000.jpg", "bread/bun.jpg"), ("apple/000.jpg", "dates/apple.jpg")},
+        "relabelled": {("apple/000.jpg", "dates/apple.jpg")},
+        "moved": set(),
+    }
+    assert call("diff", root, "1", "2") == 0
+    told = capsys.readouterr().out
+    assert "snapshot 1 to 2: 61 to 60 images; added 0, removed 1, changed 1, renamed 2, relabelled 1, moved 0" in told
+    assert "relabelled dates/apple.jpg (apple to dates)" in told
+
+
 def test_history_fails_where_a_record_was_replaced(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
     record = own_root / "snapshots/00000001.json"
@@ -192,6 +222,7 @@ WRONG = {
     "keep nothing": (["gc", "{root}", "--keep", "0"], 2, "keep at least 1"),
     "no number to keep": (["gc", "{root}"], 2, "--keep"),
     "no duration": (["gc", "{root}", "--keep", "1", "--grace", "week"], 2, "7d"),
+    "nothing to compare": (["diff", "{root}"], 2, "no snapshot before"),
     "gc without a snapshot": (["gc", "{tmp}/other", "--keep", "1", "--delete"], 1, "no snapshot"),
     "pin of what is not there": (["pin", "{root}", "x", "--snapshot", "9"], 1, "the newest is 1"),
     "removing without a name": (["pin", "{root}", "--remove"], 2, "which pin"),

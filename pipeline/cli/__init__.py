@@ -16,7 +16,7 @@ import click
 
 from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, demo, export, manifest, manifests, stats
-from pipeline.cli.custody import gc, history, pin
+from pipeline.cli.custody import diff, gc, history, pin
 from pipeline.cli.show import safe
 from pipeline.errors import EvenshardError
 
@@ -27,7 +27,7 @@ def cli() -> None:
     """Class-balanced training epochs from one stored copy of your images."""
 
 
-for _command in (build, demo, export, gc, history, manifest, manifests, pin, report, stats, verify):
+for _command in (build, demo, diff, export, gc, history, manifest, manifests, pin, report, stats, verify):
     cli.add_command(_command)
 
 

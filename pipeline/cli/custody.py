@@ -14,6 +14,7 @@ from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
     from pipeline.ingest.collect import Collection
+    from pipeline.ingest.diff import Change, Diff
     from pipeline.store import Entry
 
 _UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -79,6 +80,77 @@ def history(root: str, last: int, as_json: bool) -> None:
 def _state(problem: str, collected: bool, pins: Iterable[str]) -> str:
     words = [*(["DAMAGED"] if problem else []), *(["collected"] if collected else [])]
     return ", ".join([*words, *(f"pinned as {pin}" for pin in pins)]) or "whole"
+
+
+@click.command(epilog="Examples: evenshard diff ROOT | evenshard diff ROOT 3 7 --json")
+@click.argument("root")
+@click.argument("before", metavar="[A]", required=False, type=int)
+@click.argument("after", metavar="[B]", required=False, type=int)
+@click.option("--named", type=int, default=20, show_default=True, metavar="N", help="Images named per kind of change.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output; names all images.")
+def diff(root: str, before: int | None, after: int | None, named: int, as_json: bool) -> None:
+    """What changed from snapshot A of ROOT to B: images, labels, classes and their counts, rejects.
+
+    By default the newest is compared with the one before it, or A with the newest. Exit code 1 if an image moved
+    between splits, or a class id changed its meaning: neither may happen.
+    """
+    from pipeline.errors import IntegrityError
+    from pipeline.ingest.diff import diff
+
+    found = diff(root, before, after, num_named=None if as_json else max(named, 0))
+    click.echo(json.dumps(found.to_json(), indent=1, sort_keys=True, ensure_ascii=False) if as_json else _diff(found))
+    if not found.is_lawful:
+        raise IntegrityError(
+            f"from snapshot {found.before} to {found.after} of {root}, {found.counts['moved']:,} images moved between "
+            f"splits and {len(found.classes_renamed):,} class ids changed their meaning: what was evaluated before "
+            f"cannot be compared with what is now"
+        )
+
+
+def _diff(found: Diff) -> str:
+    one, two = found.num_images
+    lines = [
+        f"snapshot {found.before} to {found.after}: {one:,} to {two:,} images; "
+        + ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items()),
+        f"{found.num_shared_shards:,} shards are shared, {found.num_opened_shards:,} were compared",
+    ]
+    for what, names in (("added", found.classes_added), ("vanished", found.classes_vanished)):
+        if names:
+            lines.append(f"classes {what}: {', '.join(map(show.name, names[:_SHOWN]))}{_and_more(len(names))}")
+    for number, before, after in found.classes_renamed[:_SHOWN]:
+        lines.append(f"class {number} was {show.name(before)}, and is {show.name(after)}")
+    if found.drift:
+        rows = ((one.name, one.before, one.after, f"{one.after - one.before:+,}") for one in found.drift[:_SHOWN])
+        lines += ["", show.table(("class", "before", "after", "change"), rows)]
+        lines += (
+            [f"{more:,} more classes changed (--json lists all)"] if (more := len(found.drift) - _SHOWN) > 0 else []
+        )
+    if found.rejects:
+        rows = ((reason, before, after) for reason, (before, after) in found.rejects.items())
+        lines += ["", show.table(("rejects", "before", "after"), rows)]
+    for kind, changes in found.images.items():
+        if changes:
+            lines += ["", *(f"{kind} {_change(kind, change)}" for change in changes)]
+            more = found.counts[kind] - len(changes)
+            lines += [f"{kind} {more:,} more (--json lists all)"] if more else []
+    return "\n".join(lines)
+
+
+def _and_more(count: int) -> str:
+    return f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
+
+
+def _change(kind: str, change: Change) -> str:
+    path = show.name(change.path or change.path_before or "")
+    details = {
+        "added": f"{change.class_name}, {change.split}",
+        "removed": f"{change.class_before}, {change.split_before}",
+        "changed": f"{change.class_name}, {change.split}",
+        "renamed": f"was {change.path_before}",
+        "relabelled": f"{change.class_before} to {change.class_name}",
+        "moved": f"{change.split_before} to {change.split}",
+    }
+    return f"{path} ({show.name(details[kind])})"
 
 
 @click.command(epilog="Examples: evenshard pin ROOT paper --snapshot 12 | evenshard pin ROOT paper --remove")
