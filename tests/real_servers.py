@@ -39,6 +39,7 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         root {root};
+        autoindex on;
     }}
 }}
 """
