@@ -43,9 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray of two CPUs for the whole session; starting it takes seconds."""
-    from pipeline.ingest.engine import Engine
+    from pipeline.ingest.engine import RayEngine
 
-    with Engine(address="local", workers=2):
+    with RayEngine(address="local", workers=2):
         yield
 
 

@@ -66,8 +66,8 @@ def build_options(command: _Command) -> _Command:
             help="A manifest beside the four defaults, for example sqrt=power:alpha=0.5.",
         ),
         click.option("--allow", multiple=True, metavar="NAME", help="class-map, class-vanished, rejects or shrink."),
-        click.option("--workers", type=int, metavar="N", help="Ray CPUs to use (default: all)."),
-        click.option("--address", metavar="ADDRESS", help="Ray cluster (default: $RAY_ADDRESS, else a local Ray)."),
+        click.option("--workers", type=int, metavar="N", help="CPUs to use (default: all)."),
+        click.option("--address", metavar="ADDRESS", help="Ray cluster, local, or none (default: $RAY_ADDRESS)."),
         click.option("--quiet", is_flag=True, help="No progress."),
         click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
     )  # fmt: skip
@@ -206,8 +206,8 @@ def _print_manifests(snapshot: Any, names: Any, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the epoch function.")
 @click.option("--epoch", type=int, default=0, show_default=True, help="Which epoch to write.")
 @click.option("--shard-samples", type=int, default=2000, show_default=True, metavar="N", help="Draws per tar, at most.")
-@click.option("--workers", type=int, metavar="N", help="Ray CPUs to use (default: all).")
-@click.option("--address", metavar="ADDRESS", help="Ray cluster (default: $RAY_ADDRESS, else a local Ray).")
+@click.option("--workers", type=int, metavar="N", help="CPUs to use (default: all).")
+@click.option("--address", metavar="ADDRESS", help="Ray cluster, local, or none (default: $RAY_ADDRESS).")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def export(
     root: str, manifest_name: str, dest: str, at: int | None, seed: int, epoch: int, shard_samples: int,

@@ -24,7 +24,7 @@ from rich.text import Text
 LINE_EVERY_S = 5.0
 _VERBS = {
     "list": "listing the source",
-    "start": "starting Ray",
+    "start": "starting workers",
     "read": "reading images",
     "settle": "settling duplicates and splits",
     "tables": "writing tables and manifests",

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import AlreadyExistsError, UsageError
+from pipeline.ingest.engines import open_engine
 from pipeline.ingest.shards import TarWriter
 from pipeline.plan.epoch import EpochFunction
 from pipeline.schema import tar_path
@@ -109,12 +110,10 @@ def export_tars(
     address: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExportSummary:
-    """Write ``plan`` below ``dest`` with Ray tasks, one per shard.
+    """Write ``plan`` below ``dest`` one unit of work per shard.
 
     Errors: ``UsageError`` when ``dest`` holds something else; ``IntegrityError`` when a stored image is damaged.
     """
-    from pipeline.ingest.engine import Engine  # Ray is needed only here
-
     notify = progress or (lambda stage, done, total: None)
     store = _open_dest(str(dest), plan)
     names = [plan.shard_name(shard) for shard in range(plan.num_shards)]
@@ -122,7 +121,7 @@ def export_tars(
     done = plan.num_draws - sum(stop - start for start, stop in map(plan.bounds, missing))
     if missing:
         units = ((names[shard], (plan, shard, store.root)) for shard in missing)
-        with Engine(address=address, workers=workers) as engine:
+        with open_engine(address=address, workers=workers, num_images=plan.num_draws - done) as engine:
             for count in engine.map(write_shard, units):
                 done += count
                 notify("export", done, plan.num_draws)
@@ -140,7 +139,7 @@ def export_tars(
 
 
 def write_shard(plan: ExportPlan, shard: int, dest: str, *, attempt: int) -> Iterator[int]:
-    """Write one shard; yields its number of draws. Runs inside a Ray task."""
+    """Write one shard; yields its number of draws. Runs inside a worker."""
     del attempt  # nothing is decoded
     manifest = open_snapshot(plan.root, at=plan.snapshot).manifest(plan.manifest)
     store = Store.open(dest)

@@ -7,7 +7,7 @@ In: a source (folder, table) and a build configuration. Out: immutable files bel
     shards    references -> deterministic tar + Arrow index, one pass over the bytes
     stats     per-class counts and bytes; merges associatively
     crew      units on workers that may be lost
-    engine    runs units on Ray
+    engine    runs units on Ray, pool on processes of this machine; engines chooses
     commit    publishes, or publishes nothing
     run       the rooms above, in order
 

@@ -34,7 +34,12 @@ START_ATTEMPTS = 3
 _BUSY = "timed out during startup"  # Ray allows its own processes 30 s, which a busy machine can exceed
 
 
-class Engine:
+def is_running() -> bool:
+    """Whether this process is connected to a Ray."""
+    return ray.is_initialized()
+
+
+class RayEngine:
     """A connection to a Ray cluster, or a private local Ray for the time of a ``with`` block."""
 
     def __init__(self, *, address: str | None = None, workers: int | None = None) -> None:
@@ -42,7 +47,7 @@ class Engine:
         self._workers = workers
         self._owns_ray = False
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> RayEngine:
         if ray.is_initialized():
             return self
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

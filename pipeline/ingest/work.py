@@ -1,7 +1,7 @@
-"""Units through the engine: what was finished before is found, the rest is done on Ray.
+"""Units through the engine: what was finished before is found, the rest is done.
 
-Comes in: a task function and its units. Goes out: their records, in the order of the units. Guarantees: Ray is imported
-and started only if something is to be done, and once; progress is told at least every second.
+Comes in: a task function and its units. Goes out: their records, in the order of the units. Guarantees: workers, and
+Ray, are started only if something is to be done, and once; progress is told at least every second.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config import BuildConfig
 from pipeline.ingest.containers import ContainerUnit
+from pipeline.ingest.engines import Engine, open_engine
 from pipeline.ingest.units import Repack, Unit, UnitFunction, UnitRecord, find_unit_record
 from pipeline.store import Store
-
-if TYPE_CHECKING:
-    from pipeline.ingest.engine import Engine
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, images done, images in all), at least every second while units run."""
 
 
 class Work:
-    """One connection to Ray for all units of a build."""
+    """One engine for all units of a build."""
 
     def __init__(self, config: BuildConfig, store: Store, notify: Progress) -> None:
         self._config, self._store, self._notify = config, store, notify
@@ -66,7 +64,7 @@ class Work:
         waiting = pending()
         first = next(waiting, None)
         if first is not None:
-            engine = self._engine()
+            engine = self._engine(total - done)
             self._notify(stage, done, total)
             for item in engine.map(function, chain([first], waiting)):
                 if isinstance(item, UnitRecord):
@@ -76,10 +74,10 @@ class Work:
                 self._notify(stage, done, total)
         return [finished[digest] for digest in order]
 
-    def _engine(self) -> Engine:
+    def _engine(self, num_images: int) -> Engine:
         if self._started is None:
-            from pipeline.ingest.engine import Engine
-
             self._notify("start", 0, 0)
-            self._started = self._open.enter_context(Engine(address=self._config.address, workers=self._config.workers))
+            config = self._config
+            opened = open_engine(address=config.address, workers=config.workers, num_images=num_images)
+            self._started = self._open.enter_context(opened)
         return self._started
