@@ -3,14 +3,16 @@
 In an environment of its own, made as `benchmarks/requirements.txt` says. DIR takes the photos and every peer's copy of
 them, about 1.5 GB for 20,000; a second run finds them there.
 
-Each peer runs in a process of its own, one after the other, and goes through all cases three times; a cell is the
-median. The figure to compare is images per CPU second: user and system time of the process and all its descendants,
-from `iter()` to the last batch, so start-up and buffers count. Time to first batch counts from making the loader.
+Each peer runs in a process of its own. For each case the peers take turns, three times over, so that what else the
+machine does hits all alike; a cell is the median. The figure to compare is images per CPU second: user and system time
+of the process and all its descendants, from `iter()` to the last batch, so start-up and buffers count; a turn ends
+after so many images, or with the first batch after 5 seconds. Time to first batch counts from making the loader.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
@@ -20,6 +22,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -44,8 +47,9 @@ from stream_peers import (
 )
 
 REPEATS = 3
-TIMEOUT_S = 240
-"""For one peer in one mode: its cells so far count, and the others say so."""
+TURN_S = 5.0
+TIMEOUT_S = 120
+"""For one turn of a peer, and for making its copy of the images ten times as much: its row says so."""
 PROCESS_SETTINGS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 LIMITS = "limits"
 RESUME = "resume"
@@ -83,39 +87,25 @@ def tree_cpu_s() -> float:
 
 def measure_once(open_batches: Callable[[Case], Iterator[Any]], case: Case, draws: int) -> tuple[float, float, float]:
     """(images per CPU second, per second, seconds to the first batch)."""
+    gc.collect()  # what an earlier turn left is not this one's
     made_s = time.perf_counter()
     batches = open_batches(case)
     cpu_s, began_s = tree_cpu_s(), time.perf_counter()
     seen = batch_size(next(batches))
     first_s = time.perf_counter() - made_s
-    while seen < draws:
+    while seen < draws and time.perf_counter() - began_s < TURN_S:
         seen += batch_size(next(batches))
     return seen / (tree_cpu_s() - cpu_s), seen / (time.perf_counter() - began_s), first_s
 
 
-def run_peer(name: str, cases: list[Case], draws: int) -> Iterator[Cell]:
-    """Every case once, three times over, so that what else the machine does hits all alike; a line after each."""
-    results: dict[Case, list[tuple[float, float, float]]] = {}
-    failed: dict[Case, str] = {}
-    for _ in range(REPEATS):
-        for case in cases:
-            if case in failed:
-                continue
-            try:
-                results.setdefault(case, []).append(measure_once(PEERS[name], case, draws))
-            except CannotError as error:
-                failed[case] = f"cannot: {error}"
-            except Exception as error:  # a peer's failure is a row of the table
-                failed[case] = (
-                    f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-                )
-            if case in failed:
-                yield Cell(peer=name, case=case, note=failed[case])
-            else:
-                medians = [statistics.median(column) for column in zip(*results[case], strict=True)]
-                yield Cell(
-                    peer=name, case=case, per_cpu_s=medians[0], per_s=medians[1], first_batch_s=round(medians[2], 3)
-                )
+def turn(name: str, case: Case, draws: int) -> dict[str, Any]:
+    """One measurement, or why there is none."""
+    try:
+        return {"measured": measure_once(PEERS[name], case, draws)}
+    except CannotError as error:
+        return {"note": f"cannot: {error}"}
+    except Exception as error:  # a peer's failure is a row of the table
+        return {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"}
 
 
 def run_limits(case: Case) -> Iterator[Cell]:
@@ -168,54 +158,112 @@ def run_resume(case: Case) -> Iterator[dict[str, Any]]:
         yield {"percent": percent, "ms": round(wall, 1), "cpu_ms": round(cpu, 1)}
 
 
-def child(request: dict[str, Any]) -> None:
-    cases = [Case(**case) for case in request["cases"]]
-    name, draws = request["peer"], request["draws"]
+def child(name: str, case: Case) -> None:
+    """Answer each line with a line, as long as there are any."""
     if name in PEERS:
-        prepare(name, cases[0])
-        for path, _ in photos(cases[0])[:: 1 if name.startswith("ImageFolder") else 10**9]:
+        prepare(name, case)
+        for path, _ in photos(case)[:: 1 if name.startswith("ImageFolder") else 10**9]:
             read_bytes(path)  # a warm page cache for everyone
         import torch
 
         torch.set_num_threads(1)
-        answers: Iterator[Any] = (asdict(cell) for cell in run_peer(name, cases, draws))
+        answer({"note": "ready"})
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer(turn(name, Case(**request["case"]), request["draws"]))
     elif name == LIMITS:
-        answers = (asdict(cell) for cell in run_limits(cases[0]))
+        for cell in run_limits(case):
+            answer(asdict(cell))
     else:
-        answers = run_resume(cases[0])
-    for answer in answers:
-        print("\n@" + json.dumps(answer), flush=True)
+        for found in run_resume(case):
+            answer(found)
+
+
+def answer(told: dict[str, Any]) -> None:
+    print("\n@" + json.dumps(told), flush=True)
 
 
 # ---- in the process that asks
 
 
-def ask(name: str, cases: list[Case], draws: int) -> list[dict[str, Any]]:
-    """Run one peer; what it said, or the reason of its silence for each case."""
-    request = {"peer": name, "cases": [asdict(case) for case in cases], "draws": draws}
-    command = [sys.executable, __file__, "--child", json.dumps(request)]
-    log = Path(cases[0].data) / f"{name.replace(' ', '-').replace(',', '')}.log"
-    began_s = time.perf_counter()
-    with log.open("ab") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | PROCESS_SETTINGS, start_new_session=True
+class Asked:
+    """The process of one peer."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.name = name
+        log = Path(case.data) / f"{name.replace(' ', '-').replace(',', '')}.log"
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", name, json.dumps(asdict(case))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("ab"),
+            env=os.environ | PROCESS_SETTINGS,
+            start_new_session=True,
+            text=True,
         )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin
         try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            ended = f"ended with status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, _ = process.communicate()
-            ended = f"not done in {TIMEOUT_S} s"
-    said = [json.loads(line[1:]) for line in output.decode().splitlines() if line.startswith("@")]
-    print(f"{name}: {len(said)} answers in {time.perf_counter() - began_s:.0f} s", file=sys.stderr, flush=True)
-    if name not in PEERS:
-        return said
-    last = {Case(**one["case"]): one for one in said}
-    with (Path(cases[0].data) / "cells.jsonl").open("a") as file:  # kept if this run is cut short
-        file.writelines(json.dumps(cell) + "\n" for cell in last.values())
-    silent = {case: asdict(Cell(peer=name, case=case, note=ended)) for case in cases}
-    return list((silent | last).values())
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            return {"note": "its process has ended"}
+        return self.told(TIMEOUT_S)
+
+    def told(self, timeout_s: float) -> dict[str, Any]:
+        """Its next line; its end if that does not come in time."""
+        timer = threading.Timer(timeout_s, self.end)
+        timer.start()
+        try:
+            assert self._process.stdout
+            for line in self._process.stdout:
+                if line.startswith("@"):
+                    return json.loads(line[1:])
+        finally:
+            timer.cancel()
+        return {"note": f"ended with status {self._process.wait()}, or was not done in {timeout_s:.0f} s"}
+
+    def rest(self) -> Iterator[dict[str, Any]]:
+        """All it says of itself."""
+        while "note" not in (found := self.told(TIMEOUT_S)) or found.get("peer"):
+            yield found
+
+    def end(self) -> None:
+        try:
+            os.killpg(self._process.pid, 9)
+        except ProcessLookupError:
+            return
+        self._process.wait()
+
+
+def take_turns(names: list[str], cases: list[Case], draws: int) -> list[dict[str, Any]]:
+    """Every peer in every case, each of them three times, one after the other."""
+    peers: list[Asked] = []
+    cells: dict[tuple[str, Case], dict[str, Any]] = {}
+    for name in names:  # prepared one by one, then all wait
+        peers.append(Asked(name, cases[0]))
+        print(f"{name}: {peers[-1].told(10 * TIMEOUT_S)['note']}", file=sys.stderr, flush=True)
+    taken: dict[tuple[str, Case], list[list[float]]] = {}
+    for case in cases:
+        for _ in range(REPEATS):
+            for peer in peers:
+                place = peer.name, case
+                if place in cells and cells[place]["note"]:
+                    continue
+                found = peer.ask({"case": asdict(case), "draws": draws})
+                if "measured" in found:
+                    taken.setdefault(place, []).append(found["measured"])
+                    rates = [statistics.median(column) for column in zip(*taken[place], strict=True)]
+                    cell = Cell(peer=peer.name, case=case, per_cpu_s=rates[0], per_s=rates[1], first_batch_s=rates[2])
+                else:
+                    cell = Cell(peer=peer.name, case=case, note=found["note"])
+                cells[place] = asdict(cell)
+        told = ", ".join(f"{peer.name} {cells[peer.name, case]['per_cpu_s']:,.0f}" for peer in peers)
+        print(f"{case}: {told}", file=sys.stderr, flush=True)
+    for peer in peers:
+        peer.end()
+    return list(cells.values())
 
 
 def table(cells: list[dict[str, Any]], case: Case, label: str, workers: list[int]) -> str:
@@ -331,17 +379,17 @@ def main() -> None:
 
 def report(cases: list[Case], draws: int, label: str) -> None:
     names = [name for name in PEERS if cases[0].decoded or name not in RAW_SKIPS]
-    cells = [cell for name in names for cell in ask(name, cases, draws)]
-    cells += ask(LIMITS, cases[:1], draws)
+    cells = take_turns(names, cases, draws)
+    cells += Asked(LIMITS, cases[0]).rest()
     workers = sorted({case.workers for case in cases})
     print(table(cells, replace(cases[0], balanced=False, workers=0), f"{label}, {draws:,} draws a cell", workers))
-    resumed = ask(RESUME, cases[:1], draws)
+    resumed = Asked(RESUME, cases[0]).rest()
     told = "; ".join(f"{r['percent']} %: {r['ms']} ms ({r['cpu_ms']} ms CPU)" for r in resumed)
     print(f"* evenshard, balanced, first batch of {BATCH} from a state at {told}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(json.loads(sys.argv[2]))
+        child(sys.argv[2], Case(**json.loads(sys.argv[3])))
     else:
         main()

@@ -193,22 +193,44 @@ def mosaic(case: Case) -> Iterator[Any]:
     return torch_batches(dataset, case)
 
 
+class _Lit:
+    """A litData dataset that decodes; at the top of this module, as its workers are sent it by name."""
+
+    @staticmethod
+    @functools.cache
+    def dataset_type() -> Any:
+        from litdata import StreamingDataset
+
+        class LitPhotos(StreamingDataset):
+            decode: Any = None
+
+            def __getitem__(self, at: Any) -> Any:
+                data, label = super().__getitem__(at)
+                return (data if self.decode is None else self.decode(data)), label
+
+        LitPhotos.__qualname__ = "LitPhotos"
+        return LitPhotos
+
+
+def __getattr__(name: str) -> Any:
+    """Where pickle, in a worker that was spawned, looks for the class."""
+    if name == "LitPhotos":
+        return _Lit.dataset_type()
+    raise AttributeError(name)
+
+
 def litdata(case: Case) -> Iterator[Any]:
     import litdata as lit
 
     if case.balanced:
         raise CannotError("its CombinedStreamingDataset ends with the first class that runs out")
-    transform = Decode() if case.decoded else None
-
-    class Photos(lit.StreamingDataset):
-        def __getitem__(self, at: Any) -> Any:
-            data, label = super().__getitem__(at)
-            return (data if transform is None else transform(data)), label
-
-    dataset = Photos(str(case.at("lit")), shuffle=True, drop_last=False)
-    collate = None if case.decoded else list
+    dataset = _Lit.dataset_type()(str(case.at("lit")), shuffle=True, drop_last=False)
+    dataset.decode = Decode() if case.decoded else None
+    options: dict[str, Any] = {"multiprocessing_context": "spawn"} if case.workers else {}  # a fork hangs
+    if not case.decoded:
+        options["collate_fn"] = list
     return endless(
-        lit.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=case.workers, shuffle=True, collate_fn=collate)
+        lit.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=case.workers, shuffle=True, **options)
     )
 
 
