@@ -10,7 +10,7 @@ a build asks of every image, within limits (`watch`) and, after a crash, from a 
 decodes one crop at speed, and takes and refuses the same as the reference.
 """
 
-from pipeline.images.crops import Crop, can_decode_crops, decode_crop
+from pipeline.images.crops import REFERENCE, Crop, can_decode_crops, decode_crop, decode_kept, decoded_eighths
 from pipeline.images.facts import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits
 from pipeline.images.headers import recognise
 from pipeline.images.inspection import Inspection, Inspector, inspect
@@ -18,6 +18,7 @@ from pipeline.images.pillow import decode_rgb
 
 __all__ = [
     "HARD_MAX_PIXELS",
+    "REFERENCE",
     "Check",
     "Crop",
     "Facts",
@@ -27,7 +28,9 @@ __all__ = [
     "Limits",
     "can_decode_crops",
     "decode_crop",
+    "decode_kept",
     "decode_rgb",
+    "decoded_eighths",
     "inspect",
     "recognise",
 ]

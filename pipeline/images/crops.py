@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ class Crop:
     flip: bool = False
 
 
+class Kept(Protocol):
+    """Where the pixels of one image may lie already, decoded at so many eighths of its size."""
+
+    def find(self, scale: int) -> NDArray[np.uint8] | None: ...
+    def keep(self, scale: int, pixels: NDArray[np.uint8]) -> None: ...
+
+
 @functools.cache
 def _fast_decoders() -> tuple[Any, Any] | None:
     try:
@@ -52,21 +59,51 @@ def can_decode_crops() -> bool:
     return _fast_decoders() is not None
 
 
-def decode_crop(data: bytes, plan: Callable[[int, int], Crop], out: NDArray[np.uint8]) -> None:
+def decode_crop(
+    data: bytes, plan: Callable[[int, int], Crop], out: NDArray[np.uint8], kept: Kept | None = None
+) -> None:
     """The part ``plan(height, width)`` of the upright image into ``out``, uint8 [h, w, 3], contiguous.
 
     The same image as `decode_rgb` decodes, or the same ImageRejected; JPEGs with the fast upsampling of colours,
     scaled bilinearly. From torchvision's antialiased crop, 348-pixel photographs differ by 1.0 of 255 on average at 224
     pixels, 2.3 at 112 and 4.1 at 64, with no shift in brightness beyond 0.14; single pixels at edges by up to 107.
+    What ``kept`` has is not decoded again; the result is the same.
     """
-    decoded = _decode_jpeg(data, plan)
+    decoded = _decode_jpeg(data, plan, kept)
     if decoded is None:
-        pixels = decode_rgb(data)
+        pixels = _kept_or(kept, REFERENCE, lambda: decode_rgb(data))
         decoded = pixels, plan(pixels.shape[0], pixels.shape[1])
     _scale(*decoded, out)
 
 
-def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop]) -> tuple[NDArray[np.uint8], Crop] | None:
+REFERENCE = 0
+"""The scale under which the pixels of `decode_rgb` are kept: the whole image, by the other decoder."""
+
+
+def decode_kept(data: bytes, kept: Kept) -> NDArray[np.uint8]:
+    """`decode_rgb` of what is not in ``kept``; a copy, which may be written to."""
+    return _kept_or(kept, REFERENCE, lambda: decode_rgb(data)).copy()
+
+
+def _kept_or(kept: Kept | None, scale: int, decode: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    if kept is None:
+        return decode()
+    pixels = kept.find(scale)
+    if pixels is None:
+        pixels = decode()
+        kept.keep(scale, pixels)
+    return pixels
+
+
+def decoded_eighths(height: int, width: int, min_height: int, min_width: int) -> int:
+    """The scale at which simplejpeg decodes with ``min_factor=2``: at most half, and no side below what is asked."""
+    fits = (n for n in range(1, 5) if -(-height * n // 8) >= min_height and -(-width * n // 8) >= min_width)
+    return next(fits, 8)
+
+
+def _decode_jpeg(
+    data: bytes, plan: Callable[[int, int], Crop], kept: Kept | None
+) -> tuple[NDArray[np.uint8], Crop] | None:
     """Pixels, perhaps at a fraction of their size, and where in them the crop lies; None is for Pillow to decode."""
     decoders = _fast_decoders()
     if decoders is None or not data.startswith(b"\xff\xd8\xff") or _needs_turning(data):
@@ -77,14 +114,15 @@ def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop]) -> tuple[NDArray
             return None
         crop = plan(height, width)
         scale = max(crop.height / crop.rows, crop.width / crop.columns)
-        smallest = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
+        smallest, eighths = {}, 8
+        if scale * _SHRINK <= 1:
+            smallest = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
+            eighths = decoded_eighths(height, width, **smallest)
         # The fast DCT darkens every photograph by 0.8 of 255 on average: it is not used.
-        pixels = decoders[0].decode_jpeg(
-            data, "RGB", fastupsample=True, min_factor=2, **(smallest if scale * _SHRINK <= 1 else {})
-        )
+        decode = functools.partial(decoders[0].decode_jpeg, data, "RGB", fastupsample=True, min_factor=2, **smallest)
+        pixels = _kept_or(kept, eighths, decode)
     except ValueError:  # damaged, or a kind of JPEG it does not know: Pillow's word counts
         return None
-    eighths = round(8 * max(pixels.shape[:2]) / max(height, width))  # the decoder scales by these, rounding up
     return pixels, crop if eighths == 8 else _scaled(crop, eighths / 8, pixels.shape)
 
 

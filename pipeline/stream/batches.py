@@ -18,12 +18,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.images import ImageRejected, decode_crop, decode_rgb
+from pipeline.images import ImageRejected, decode_crop, decode_kept, decode_rgb
 from pipeline.schema import tar_path
 from pipeline.snapshot import Snapshot
 from pipeline.store import ShardRange, check_image
 from pipeline.stream.cache import NodeCache
 from pipeline.stream.remote import open_reader
+from pipeline.stream.repeats import RepeatCache, RepeatsOf
 from pipeline.stream.transforms import Draw, Planned, Transform, adapt, planned, uniforms
 
 
@@ -71,9 +72,15 @@ class BatchReader:
     """Images of one split; thread-safe. Without a transform they stay bytes."""
 
     def __init__(
-        self, snapshot: Snapshot, split: str, transform: Transform | None, cache: NodeCache | None = None
+        self,
+        snapshot: Snapshot,
+        split: str,
+        transform: Transform | None,
+        cache: NodeCache | None = None,
+        repeats: RepeatCache | None = None,
     ) -> None:
-        """``cache`` is for remote roots."""
+        """``cache`` is for remote roots; ``repeats`` keeps what was decoded."""
+        self._repeats = repeats
         self._snapshot = snapshot
         self._keys: dict[int, NDArray[np.uint64]] = {}  # of shards asked about: 8 bytes a sample
         self._samples = snapshot.samples(split)
@@ -128,7 +135,7 @@ class BatchReader:
         uniform = uniforms(rows.key, transform.num_uniform)
         for i, image in enumerate(data):
             try:
-                decode_crop(image, partial(transform.plan, uniform=uniform[i]), batch[i])
+                decode_crop(image, partial(transform.plan, uniform=uniform[i]), batch[i], self._kept(rows, i))
             except ImageRejected as rejected:
                 raise IntegrityError(self._undecodable(rows.row[i], rejected)) from rejected
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
@@ -137,7 +144,7 @@ class BatchReader:
         """Every image straight into its place of one tensor; the first decides shape, type and memory layout."""
         batch: torch.Tensor | None = None
         for i, draw in enumerate(rows.draws()):
-            image = self._pixels(rows.row[i], data[i], draw)
+            image = self._pixels(rows.row[i], data[i], draw, self._kept(rows, i))
             if batch is None:
                 batch = _empty_like(image, len(data))
             elif image.shape != batch.shape[1:] or image.dtype != batch.dtype:
@@ -150,10 +157,13 @@ class BatchReader:
         assert batch is not None
         return batch
 
-    def _pixels(self, row: np.int64, data: bytes, draw: Draw) -> torch.Tensor:
+    def _kept(self, rows: Rows, i: int) -> RepeatsOf | None:
+        return self._repeats.of(int(rows.row[i]), int(rows.class_id[i])) if self._repeats else None
+
+    def _pixels(self, row: np.int64, data: bytes, draw: Draw, kept: RepeatsOf | None) -> torch.Tensor:
         assert self._transform is not None
         try:
-            pixels = decode_rgb(data)
+            pixels = decode_rgb(data) if kept is None else decode_kept(data, kept)
         except ImageRejected as rejected:
             raise IntegrityError(self._undecodable(row, rejected)) from rejected
         try:

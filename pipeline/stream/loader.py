@@ -36,6 +36,7 @@ from pipeline.stream.cache import NodeCache, default_cache
 from pipeline.stream.damage import Replacement
 from pipeline.stream.drawn import Batch, Built, DrawnBatches, Recipe, pinned
 from pipeline.stream.prefetch import Prefetch
+from pipeline.stream.repeats import RepeatCache
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
 
 STATE_FORMAT_VERSION = 1
@@ -94,6 +95,7 @@ class Loader:
         on_damage: OnDamage = "raise",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
+        repeat_bytes: int = 0,
     ) -> None:
         """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches made ahead by each of them (2).
 
@@ -108,6 +110,9 @@ class Loader:
 
         Remote roots are read through a cache that all ranks of a node share, of at most ``cache_bytes`` (64 GiB, or
         half of what the disk has left) in ``cache_dir`` ($EVENSHARD_CACHE, or ~/.cache/evenshard).
+
+        ``repeat_bytes`` of memory, of this process, keep decoded images, those drawn most often: pixels stay the same,
+        and a balanced epoch of a long tail needs up to half as much processor time (docs/TRAINING.md).
         """
         self._topology = Topology.resolve(rank, world_size)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
@@ -118,7 +123,9 @@ class Loader:
         self._plan = EpochFunction(manifest.pool, manifest.targets, self._seed)
         self._refuse_small_epoch()
         cache = _cache(manifest.snapshot, cache_dir, cache_bytes)
-        reader = _reader(manifest.snapshot, manifest.split, transform, decode, RandomResizedCropFlip(224), cache)
+        repeats = _repeats(manifest, repeat_bytes)
+        chosen = _transform(transform, decode, RandomResizedCropFlip(224))
+        reader = BatchReader(manifest.snapshot, manifest.split, chosen, cache, repeats)
         class_starts = manifest.snapshot.class_starts(manifest.split)
         samples = manifest.snapshot.samples(manifest.split)
         self._reader = reader
@@ -327,7 +334,7 @@ class EvaluationLoader:
         if not self._num_samples:
             raise UsageError(f"split {split!r} of {snapshot.store.url} holds no samples; there is nothing to evaluate")
         cache = _cache(snapshot, cache_dir, cache_bytes)
-        self._reader = _reader(snapshot, split, transform, True, ResizeCenterCrop(224), cache)
+        self._reader = BatchReader(snapshot, split, _transform(transform, True, ResizeCenterCrop(224)), cache)
 
     def __len__(self) -> int:
         """Steps of every rank."""
@@ -352,17 +359,16 @@ class EvaluationLoader:
         return Rows(row=row, class_id=class_id, position=position, repeat=np.zeros_like(row), key=keyed_hash(key, row))
 
 
-def _reader(
-    snapshot: Snapshot,
-    split: str,
-    transform: Transform | None,
-    decode: bool,
-    default: Transform,
-    cache: NodeCache | None,
-) -> BatchReader:
+def _transform(transform: Transform | None, decode: bool, default: Transform) -> Transform | None:
     if not decode and transform is not None:
         raise UsageError("decode=False hands out bytes, so transform is never called: drop one of the two")
-    return BatchReader(snapshot, split, (transform or default) if decode else None, cache)
+    return (transform or default) if decode else None
+
+
+def _repeats(manifest: Manifest, max_bytes: int) -> RepeatCache | None:
+    if not _whole("repeat_bytes", max_bytes, at_least=0):
+        return None
+    return RepeatCache(max_bytes, manifest.targets / np.maximum(manifest.pool, 1))
 
 
 def _cache(snapshot: Snapshot, directory: str | os.PathLike[str] | None, max_bytes: int | None) -> NodeCache | None:
