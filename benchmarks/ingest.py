@@ -1,29 +1,50 @@
-"""Builds next to a plain copy of the same files into tars: images a second, CPU an image, peak memory of the driver.
+"""Builds next to what else writes the same files: CPU an image, and peak memory of all processes.
 
-    python benchmarks/ingest.py generate DIR --images 200000 --classes 1000
-    python benchmarks/ingest.py measure DIR [--check header] [--workers 2]
+    python benchmarks/ingest.py generate DIR --images 500000 --classes 5000
+    python benchmarks/ingest.py measure DIR [--only floor build-header ...] [--scratch DIR]
 
-``generate`` draws distinct 64x64 JPEGs with a long tail, the same on every machine. ``measure`` prints one line of JSON
-for each of: a plain tarfile copy, a build; each in a process of its own, on a warm page cache (the copy runs first).
+``generate`` draws distinct 64x64 JPEGs with a long tail, the same on every machine. ``measure`` runs, one after the
+other, each in a process of its own that adopts and waits for all its descendants, so that their processor time counts:
+
+    floor           read, hash and write the same bytes; no tar, no index
+    ustar           the same as tars, by the project's own bare writer
+    tarfile         the same as tars, by Python's
+    decode          Pillow's full decode of every image, and nothing else
+    ray             start a local Ray, run one empty task, stop it
+    shardwriter     webdataset's ShardWriter (in an environment made as benchmarks/requirements.txt says)
+    mdswriter       MosaicML's MDSWriter (likewise)
+    build-header    the whole build, with --check header
+    build-decode    the same with a full decode
+
+A first, unmeasured pass over the files warms the page cache. It prints one line of JSON each, and a table in the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import io
 import json
 import multiprocessing
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
+
+PER_FILE = 2000
 
 
 def class_counts(num_images: int, num_classes: int) -> np.ndarray:
@@ -55,65 +76,241 @@ def generate(directory: Path, num_images: int, num_classes: int) -> None:
             pass
 
 
-def copy_to_tars(directory: Path, dest: str) -> dict[str, object]:
-    """The floor: every file read once and written into tars of 2,000 by the standard library."""
-    files = sorted(path for path in directory.rglob("*.jpg"))
-    for start in range(0, len(files), 2000):
+# ---- what is measured: each takes the folder of images and an empty folder, and returns how many images it did
+
+
+def each_file(directory: Path) -> Iterator[tuple[str, str]]:
+    """(path, class folder), in the order of the names."""
+    for folder in sorted(entry.path for entry in os.scandir(directory) if entry.is_dir()):
+        for name in sorted(os.listdir(folder)):
+            yield f"{folder}/{name}", os.path.basename(folder)
+
+
+def read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def floor(directory: Path, dest: str) -> int:
+    digest, number = hashlib.sha256(), 0
+    out = open(f"{dest}/0", "wb")  # noqa: SIM115
+    for number, (path, _) in enumerate(each_file(directory), 1):
+        data = read(path)
+        digest.update(data)
+        out.write(data)
+        if number % PER_FILE == 0:
+            out.close()
+            out = open(f"{dest}/{number}", "wb")  # noqa: SIM115
+    out.close()
+    return number
+
+
+def ustar(directory: Path, dest: str) -> int:
+    from pipeline.ingest.shards import TarWriter
+
+    files = list(each_file(directory))
+    for start in range(0, len(files), PER_FILE):
+        with open(f"{dest}/{start:08d}.tar", "wb") as out:
+            tar = TarWriter(out)
+            for number, (path, _) in enumerate(files[start : start + PER_FILE], start):
+                tar.add(f"{number:016x}.jpg", read(path))
+            tar.close()
+    return len(files)
+
+
+def python_tarfile(directory: Path, dest: str) -> int:
+    files = list(each_file(directory))
+    for start in range(0, len(files), PER_FILE):
         with tarfile.open(f"{dest}/{start:08d}.tar", "w:", format=tarfile.USTAR_FORMAT) as tar:
-            for number, path in enumerate(files[start : start + 2000], start):
-                info = tarfile.TarInfo(f"{number:08d}.jpg")
-                data = path.read_bytes()
+            for number, (path, _) in enumerate(files[start : start + PER_FILE], start):
+                info, data = tarfile.TarInfo(f"{number:08d}.jpg"), read(path)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return {"what": "plain copy", "images": len(files)}
+    return len(files)
 
 
-def build(directory: Path, dest: str, check: str, workers: int) -> dict[str, object]:
-    import pipeline
+def decode(directory: Path, dest: str) -> int:
+    files = list(each_file(directory))
+    for path, _ in files:
+        Image.open(io.BytesIO(read(path))).load()
+    return len(files)
 
-    summary = pipeline.build(directory, f"{dest}/root", check=check, workers=workers)
-    return {"what": f"build, check={check}", "images": summary.num_images, "units": summary.num_units}
+
+def start_ray(directory: Path, dest: str) -> int:
+    from pipeline.ingest.engine import Engine
+
+    with Engine(workers=2) as engine:
+        list(engine.map(_nothing, [("nothing", ())]))
+    return 1
 
 
-def _child(what: str, arguments: argparse.Namespace) -> None:
-    started_s, directory = time.perf_counter(), Path(arguments.directory)
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as dest:
-        result = (
-            copy_to_tars(directory, dest)
-            if what == "copy"
-            else build(directory, dest, arguments.check, arguments.workers)
-        )
-        elapsed_s = time.perf_counter() - started_s
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    images = int(str(result["images"]))
-    cpu_s = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-    result |= {
-        "wall_s": round(elapsed_s, 2),
-        "images_per_s": round(images / elapsed_s),
-        "cpu_us_per_image": round(cpu_s / images * 1e6, 1),
-        "driver_peak_mb": round(own.ru_maxrss / 1024, 1),
+def _nothing(*_: object) -> Iterator[int]:
+    yield 1
+
+
+def shardwriter(directory: Path, dest: str) -> int:
+    import webdataset
+
+    number = 0
+    with webdataset.ShardWriter(f"{dest}/%06d.tar", maxcount=PER_FILE, verbose=0) as writer:
+        for number, (path, label) in enumerate(each_file(directory), 1):
+            writer.write({"__key__": f"{number:016x}", "jpg": read(path), "cls": label.encode()})
+    return number
+
+
+def mdswriter(directory: Path, dest: str) -> int:
+    from streaming import MDSWriter
+
+    files = list(each_file(directory))
+    with MDSWriter(out=f"{dest}/mds", columns={"jpg": "bytes", "cls": "str"}) as writer:
+        for path, label in files:
+            writer.write({"jpg": read(path), "cls": label})
+    return len(files)
+
+
+def build(check: str) -> Callable[[Path, str], int]:
+    def run(directory: Path, dest: str) -> int:
+        import pipeline
+
+        return pipeline.build(directory, f"{dest}/root", check=check, workers=2).num_images
+
+    return run
+
+
+CASES: dict[str, Callable[[Path, str], int]] = {
+    "floor": floor,
+    "ustar": ustar,
+    "tarfile": python_tarfile,
+    "decode": decode,
+    "ray": start_ray,
+    "shardwriter": shardwriter,
+    "mdswriter": mdswriter,
+    "build-header": build("header"),
+    "build-decode": build("decode"),
+}
+
+
+# ---- measuring
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def measure(name: str, directory: Path, dest: str) -> dict[str, object]:
+    """Run one case in a child; adopt its orphans and wait for them, so that no processor time is missed."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    began_s = time.perf_counter()
+    child = subprocess.Popen([sys.executable, __file__, "run", str(directory), name, dest], stdout=subprocess.PIPE)
+    peak = _Peak(child.pid)
+    peak.start()
+    output, _ = child.communicate()
+    elapsed_s = time.perf_counter() - began_s
+    peak.stop()
+    _reap()
+    if child.returncode:
+        return {"case": name, "failed": child.returncode}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    images = int(output.split()[-1])
+    return {
+        "case": name,
+        "images": images,
+        "cpu_us_per_image": round((used.ru_utime + used.ru_stime) / images * 1e6, 1),
+        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
+        "wall_s": round(elapsed_s, 1),
+        "peak_pss_mb": round(peak.peak_bytes / 1e6),
     }
-    print(json.dumps(result), flush=True)
+
+
+class _Peak(threading.Thread):
+    """The largest sum of proportional set sizes of all descendants, looked at twice a second."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._pid, self._over = pid, threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.5):
+            self.peak_bytes = max(self.peak_bytes, sum(map(_pss, psutil.Process().children(recursive=True))))
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except (psutil.Error, OSError):
+        return 0
+
+
+def _reap() -> None:
+    """Daemons that outlive the child are ours now: they get ten seconds to end by themselves."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            if time.monotonic() > deadline:
+                for process in psutil.Process().children(recursive=True):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def table(found: list[dict[str, object]]) -> str:
+    """Ratios to the floor and to ShardWriter."""
+    cost = {str(row["case"]): float(str(row["cpu_us_per_image"])) for row in found if "cpu_us_per_image" in row}
+    lines = ["| case | CPU us an image | x floor | ShardWriter / it | wall s | peak PSS MB, all processes |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for row in found:
+        name = str(row["case"])
+        if name == "ray":
+            lines.append(
+                f"| Ray's start and stop | {row['cpu_s']} CPU s in all | | | {row['wall_s']} | {row['peak_pss_mb']} |"
+            )
+        elif name in cost:
+            ratios = [
+                f"{cost[name] / cost['floor']:.2f}" if "floor" in cost else "",
+                f"{cost['shardwriter'] / cost[name]:.2f}" if "shardwriter" in cost else "",
+            ]
+            lines.append(f"| {name} | {cost[name]} | {' | '.join(ratios)} | {row['wall_s']} | {row['peak_pss_mb']} |")
+        else:
+            lines.append(f"| {name} | failed: {row['failed']} | | | | |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["generate", "measure", "copy", "build"])
+    parser.add_argument("action", choices=["generate", "measure", "one", "run"])
     parser.add_argument("directory")
+    parser.add_argument("names", nargs="*")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--classes", type=int, default=1_000)
-    parser.add_argument("--check", default="decode")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--scratch", help="where outputs are written and removed again")
     arguments = parser.parse_args()
+    directory = Path(arguments.directory).resolve()
     if arguments.action == "generate":
-        generate(Path(arguments.directory), arguments.images, arguments.classes)
-    elif arguments.action == "measure":
-        for what in ("copy", "build"):
-            subprocess.run([sys.executable, __file__, what, *sys.argv[2:]], check=True)
+        generate(directory, arguments.images, arguments.classes)
+    elif arguments.action == "run":
+        print(CASES[arguments.names[0]](directory, arguments.names[1]))
+    elif arguments.action == "one":
+        dest = tempfile.mkdtemp(dir=arguments.scratch)
+        print(json.dumps(measure(arguments.names[0], directory, dest)), flush=True)
+        shutil.rmtree(dest)
     else:
-        _child(arguments.action, arguments)
+        for path, _ in each_file(directory):
+            read(path)
+        found: list[dict[str, object]] = []
+        for name in arguments.only:
+            command = [sys.executable, __file__, "one", str(directory), name]
+            command += ["--scratch", arguments.scratch] if arguments.scratch else []
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            print(output, end="", flush=True)
+            found.append(json.loads(output))
+        print(table(found))
 
 
 if __name__ == "__main__":
