@@ -87,7 +87,10 @@ def commit(store: Store, record: SnapshotRecord, *, grace_s: float = GRACE_S) ->
     """
     parent = _check_parent(store, record)
     begun = time.monotonic()
-    _Look(store, record, parent, grace_s).check()
+    try:
+        _Look(store, record, parent, grace_s).check()
+    except StoreError as error:
+        raise CommitError(f"{snapshot_path(record.number)} was not published in {store.url}: {error}") from error
     if (spent := time.monotonic() - begun) > grace_s / 2:
         raise CommitError(
             f"snapshot {record.number} was not published in {store.url}: looking at its files took {spent:.0f} s, more "

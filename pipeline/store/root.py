@@ -148,7 +148,8 @@ class Store:
                     self._backend.create_from(_below_root(path), local_file)
             except AlreadyExistsError:
                 self._has(path, size)
-        remove_if_there(local_file)
+        with self.explained("remove the temporary file of", path):
+            remove_if_there(local_file)
 
     def replace(self, path: str, data: bytes) -> None:
         """Write or overwrite, atomically; only what no snapshot names."""
