@@ -27,5 +27,5 @@ def serial_engine(monkeypatch: pytest.MonkeyPatch) -> SerialEngine:
     from pipeline.ingest.work import Work
 
     engine = SerialEngine()
-    monkeypatch.setattr(Work, "_engine", lambda self: engine)
+    monkeypatch.setattr(Work, "_engine", lambda self, *_: engine)
     return engine
