@@ -712,3 +712,41 @@ def test_a_reader_is_pickled_without_its_files(local: Store) -> None:
 def test_a_missing_tar_is_named(store: Store) -> None:
     with pytest.raises(NotFoundError, match=r"shards/ab/c.tar in"):
         ShardReader(store).read("shards/ab/c.tar", 0, 1)
+
+
+# ---- What killed processes leave behind
+
+LEAVE = """
+import os, sys
+from pipeline.store import Store
+store = Store.open(sys.argv[1])
+folder = store.staging_dir()
+open(folder + "/unit.tar", "xb").write(b"half")
+store._backend._write_temporary(b"half")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_sweep_takes_what_the_killed_left_and_nothing_of_the_living(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    store = Store.open(root, create=True)
+    mine = store.staging_dir()
+    Path(mine, "unit.tar").write_bytes(b"mine")
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVE, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        assert store.sweep_abandoned(0) == 0  # both are alive
+        other.kill()
+    assert store.sweep_abandoned(600) == 0  # too young
+    assert store.sweep_abandoned(-1) == 2
+    assert [path.name for path in (root / "staging").rglob("*")] == [Path(mine).name, "unit.tar"]
+
+
+def test_a_sweep_leaves_what_it_does_not_know(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "root", create=True)
+    store.create("staging/probe-1", b"")
+    assert store.sweep_abandoned(-1) == 0
+    assert store.exists("staging/probe-1")

@@ -44,6 +44,9 @@ from pipeline.schema import DEPARTED, REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, 
 from pipeline.snapshot import Snapshot, encode_record, open_snapshot, record_id, snapshot_exists
 from pipeline.store import Store, put_table, redact, table_to_ipc
 
+QUIET_S = 600.0
+"""What a killed build left in staging/ goes after so long without a touch; sooner, its killer may still be at work."""
+
 __all__ = ["BuildSummary", "Progress", "build", "run_build"]
 
 
@@ -66,6 +69,7 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     policies = {name: parse(value) for name, value in config.manifests.items()}
     store = Store.open(config.root, create=True)
     probe(store)
+    store.sweep_abandoned(QUIET_S)
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
     notify("list", 0, 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pipeline.errors import StoreError
+from pipeline.store.claims import claim, sweep_abandoned
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not block the reader
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -52,6 +53,7 @@ class Backend(Protocol):
     def remove(self, path: str) -> None: ...
     def staging_dir(self) -> str: ...
     def sweep(self, before_s: float) -> None: ...  # remove directories of staging/ that are empty and older
+    def sweep_abandoned(self, before_s: float) -> int: ...  # remove what killed processes left there, and is older
     def creates_atomically(self) -> bool: ...
 
 
@@ -164,6 +166,9 @@ class LocalBackend:
                 if directory != self._staging() and not (names or files) and os.lstat(directory).st_mtime < before_s:
                     os.rmdir(directory)
 
+    def sweep_abandoned(self, before_s: float) -> int:
+        return sweep_abandoned(self._staging(), before_s)
+
     def creates_atomically(self) -> bool:
         return True
 
@@ -174,14 +179,20 @@ class LocalBackend:
         return f"{self.root}/staging"
 
     def _in_staging(self, make: Callable[[str], _Made]) -> tuple[str, _Made]:
-        name = f"{self._staging()}/{os.getpid()}-{uuid.uuid4().hex}"
-        self._make_directory(self._staging())
-        try:
-            return name, make(name)
-        except FileNotFoundError:  # another process removed the empty directory
-            self._durable.discard(self._staging())
+        """A new entry of staging/, held by this process: only then can no sweep take it."""
+        while True:
+            name = f"{self._staging()}/{os.getpid()}-{uuid.uuid4().hex}"
             self._make_directory(self._staging())
-            return name, make(name)
+            try:
+                made = make(name)
+            except FileNotFoundError:  # another process removed the empty directory
+                self._durable.discard(self._staging())
+                self._make_directory(self._staging())
+                made = make(name)
+            if claim(name):
+                return name, made
+            if isinstance(made, int):
+                os.close(made)
 
     def _write_temporary(self, data: bytes) -> str:
         name, descriptor = self._in_staging(lambda name: os.open(name, _WRITE_FLAGS, 0o666))

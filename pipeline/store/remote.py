@@ -174,6 +174,11 @@ class RemoteBackend:
     def sweep(self, before_s: float) -> None:
         """Object stores have no directories."""
 
+    def sweep_abandoned(self, before_s: float) -> int:
+        """An object appears whole or not at all."""
+        del before_s
+        return 0
+
     def creates_atomically(self) -> bool:
         """False where fsspec would only look first and then write: of two builds both could win."""
         from fsspec.spec import AbstractFileSystem
