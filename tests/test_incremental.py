@@ -16,7 +16,8 @@ from PIL import Image
 from serial_engine import SerialEngine, serial_engine
 
 import pipeline
-from pipeline.errors import CommitError
+from pipeline.errors import CommitError, SourceError, StoreError
+from pipeline.store import Store
 from pipeline.verify import verify
 
 __all__ = ["serial_engine"]
@@ -475,4 +476,34 @@ def test_all_that_was_hit_is_told_at_once(photos: Collection, root: Path) -> Non
         photos.remove(path)
     with pytest.raises(CommitError, match=r"2 of 5 classes .*class-vanished; 25 of 37 images .*shrink\. Nothing"):
         photos.build(root, allow=())
+    assert pipeline.open_snapshot(root).number == 1
+
+
+# ---- What fails early, and what may not fail any more
+
+
+def test_a_source_without_train_stops_before_anything_is_read(
+    photos: Collection, root: Path, serial_engine: SerialEngine
+) -> None:
+    (photos.folder / "splits.csv").write_text(
+        "path,label,split\n" + "".join(f"{path},{label},test\n" for path, (label, _) in photos.rows.items())
+    )
+    with pytest.raises(SourceError, match=r"has no image in train, only in test: .*--split-from none"):
+        pipeline.build(photos.folder / "splits.csv", root)
+    assert serial_engine.ran == []
+
+
+def test_a_log_that_cannot_be_written_is_told_and_no_failure(
+    photos: Collection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create
+
+    def refuse(self: Store, path: str, data: bytes) -> None:
+        if path.startswith("runs/builds/"):
+            raise StoreError(f"cannot create {path}: no space")
+        create(self, path, data)
+
+    monkeypatch.setattr(Store, "create", refuse)
+    summary = photos.build(root)
+    assert "snapshot 1 is published, but the log of this build could not be written: cannot" in summary.notices[0]
     assert pipeline.open_snapshot(root).number == 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -674,3 +675,15 @@ def test_a_table_on_the_web_stays_in_its_folder(folder: Path, web: str) -> None:
         "unreadable": 1,
     }
     assert b"secret" not in listing.reader.read("away.jpg")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_integer_labels_sort_as_integers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = [int(value) for value in rng.integers(-(10**6), 10**6, 200)] + [0, -1, 1, -10, 10, 9, -9]
+    labels = sorted({str(value) for value in values} | {"007", "-0", "00", "-012"})
+    assert list(sort_labels(labels)) == sorted(labels, key=lambda label: (int(label), label))
+
+
+def test_labels_of_thousands_of_digits_are_integers_too() -> None:
+    assert sort_labels(["1" + "0" * 5000, "2", "-" + "9" * 6000]) == ("-" + "9" * 6000, "2", "1" + "0" * 5000)

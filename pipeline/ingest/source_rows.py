@@ -201,8 +201,21 @@ class Rows:
 def sort_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Numerically if all are integers, else by code point; the position is the class id."""
     if all(re.fullmatch(r"-?[0-9]+", label) for label in labels):
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+        return tuple(sorted(labels, key=lambda label: (_integer(label), label)))
     return tuple(sorted(labels))
+
+
+def _integer(text: str) -> tuple[int, tuple[int, str]]:
+    """Ordered as the integer that ``text`` spells, of any length: Python refuses to convert more than 4,300 digits."""
+    digits = text.lstrip("-").lstrip("0")
+    if not digits:
+        return (0, (0, ""))
+    if not text.startswith("-"):
+        return (1, (len(digits), digits))
+    return (-1, (-len(digits), digits.translate(_NINES)))
+
+
+_NINES = str.maketrans("0123456789", "9876543210")
 
 
 def _taken(column: array[int], dtype: type[Any], order: NDArray[np.int32]) -> NDArray[Any]:
