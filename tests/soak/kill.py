@@ -156,7 +156,8 @@ class Soak:
     rng: random.Random
     worker_kills: int = 0
     driver_kills: int = 0
-    reread_after_90: float | None = None
+    reread_after_90: float = 1.0
+    ended: list[str] = field(default_factory=list[str])  # drivers that ended before they were killed, and how
 
     def run(self, num_worker_kills: int, num_driver_kills: int) -> dict[str, Any]:
         started_s = time.monotonic()
@@ -169,8 +170,12 @@ class Soak:
             wanted = round(per_run * (number + 1)) - self.worker_kills
             driver = Driver(self.reference.source, self.root, self.arguments)
             self._disturb(driver, base + mark * units, wanted)
-            driver.kill()
-            self.driver_kills += 1
+            if driver.process.poll() is None:
+                driver.kill()
+                self.driver_kills += 1
+            else:
+                _, told = driver.process.communicate()
+                self.ended.append(f"exit code {driver.process.returncode} {told[-500:]}")
         published = len(list((self.root / "snapshots").glob("*.json"))) if (self.root / "snapshots").exists() else 0
         result = Driver(self.reference.source, self.root, self.arguments).result()
         files, expected = kept(self.root), self.reference.files
@@ -191,6 +196,7 @@ class Soak:
             "published_before_the_end": published - (1 if self.reference.parent else 0),
             "reread_after_90": round(self.reread_after_90, 4),
             "rejects": result["rejects"],
+            "ended_before_their_kill": self.ended,
             "seconds": round(time.monotonic() - started_s, 1),
         }
 
