@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,19 @@ def test_what_was_read_before_a_failure_is_not_read_again(
     assert (again.changed, again.num_read) == (True, 0)
 
 
+def test_finished_work_that_a_collection_may_take_is_done_again(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    shutil.rmtree(root / "runs/sources")
+    for path in [*root.rglob("*.tar"), *root.rglob("*.arrow")]:
+        os.utime(path, (10**9, 10**9))
+    assert photos.build(root).num_read == 0  # all of it is in the newest snapshot
+    shutil.rmtree(root / "snapshots")
+    shutil.rmtree(root / "runs/sources")
+    for path in root.rglob("*.tar"):
+        os.utime(path, (10**9, 10**9))
+    assert photos.build(root).num_read == len(photos.rows)
+
+
 # ---- Splits
 
 
@@ -505,5 +519,5 @@ def test_a_log_that_cannot_be_written_is_told_and_no_failure(
 
     monkeypatch.setattr(Store, "create", refuse)
     summary = photos.build(root)
-    assert "snapshot 1 is published, but the log of this build could not be written: cannot" in summary.notices[0]
+    assert "snapshot 1 is published, but the log of this build could not be written: cannot" in summary.notices[-1]
     assert pipeline.open_snapshot(root).number == 1

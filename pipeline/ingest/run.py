@@ -157,7 +157,7 @@ class _Build:
     def run(self) -> _Content:
         """Read what is not known, settle who is in, write the shards and tables that this changes."""
         past = load_past(self._store, self._parent)
-        with Work(self._config, self._store, self._notify) as work:
+        with Work(self._config, self._store, self._parent, self._notify) as work:
             self._open_containers(work)
             _check_train(self._config, self.listing.references["split"].to_numpy())
             known, samples, settled, packs = self._read_and_settle(work, past)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import AlreadyExistsError, EngineError
 from pipeline.schema import INDEX, UNIT_FORMAT_VERSION, FileRef, index_path, tar_path
-from pipeline.store import Store, ipc_to_table, read_checked, table_to_ipc
+from pipeline.store import Entry, Store, ipc_to_table, read_checked, table_to_ipc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,20 @@ def encode_unit_record(record: UnitRecord) -> bytes:
     return json.dumps(body, indent=0, sort_keys=True).encode()
 
 
-def find_unit_record(store: Store, digest: str) -> UnitRecord | None:
-    """The record of a unit that was finished before, if it and its files are there; else None."""
+@dataclass(frozen=True)
+class Reusable:
+    """Which files of finished work may be built upon: those that no collection takes before this build is published."""
+
+    kept: frozenset[str]  # that the newest snapshot names
+    since_s: float  # others must be younger, by the clock of the storage
+
+    def allows(self, entry: Entry) -> bool:
+        """Whether the file will stay."""
+        return entry.path in self.kept or (entry.modified_s is not None and entry.modified_s >= self.since_s)
+
+
+def find_unit_record(store: Store, digest: str, reusable: Reusable | None = None) -> UnitRecord | None:
+    """The record of a unit that was finished before, if it and its files are there (and ``reusable``); else None."""
     path = unit_record_path(digest)
     if not store.exists(path):
         return None
@@ -154,7 +166,7 @@ def find_unit_record(store: Store, digest: str) -> UnitRecord | None:
         )
     except (ValueError, KeyError, TypeError):
         return None  # unreadable notes about past work only cost doing it again
-    return record if record.digest == digest and _files_present(store, record) else None
+    return record if record.digest == digest and _files_present(store, record, reusable) else None
 
 
 def put_unit_record(store: Store, record: UnitRecord) -> UnitRecord:
@@ -201,8 +213,11 @@ def _joined(column: pa.ChunkedArray, width: int) -> bytes:
     return memoryview(data.buffers()[2])[offsets[0] : offsets[-1]].tobytes() if len(data) else b""
 
 
-def _files_present(store: Store, record: UnitRecord) -> bool:
+def _files_present(store: Store, record: UnitRecord, reusable: Reusable | None) -> bool:
     if record.tar is None or record.index is None:
         return record.tar is record.index
-    files = ((tar_path(record.tar.sha256), record.tar.size), (index_path(record.index.sha256), record.index.size))
-    return all(store.exists(path) and store.size(path) == size for path, size in files)
+    for path, ref in ((tar_path(record.tar.sha256), record.tar), (index_path(record.index.sha256), record.index)):
+        entry = store.entry(path)
+        if entry is None or entry.size != ref.size or not (reusable is None or reusable.allows(entry)):
+            return False
+    return True

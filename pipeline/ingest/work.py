@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from itertools import chain
 from types import TracebackType
 from typing import Any
 
 from pipeline.config import BuildConfig
+from pipeline.ingest.commit import GRACE_S
 from pipeline.ingest.containers import ContainerUnit
 from pipeline.ingest.engines import Engine, open_engine
-from pipeline.ingest.units import Repack, Unit, UnitFunction, UnitRecord, find_unit_record
+from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitRecord, find_unit_record
+from pipeline.snapshot import Snapshot
 from pipeline.store import Store
+
+COPIES_PER_READ = 10
+"""Copying an image from an old shard costs about a tenth of reading, hashing and checking one."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, images done, images in all), at least every second while units run."""
@@ -25,8 +31,8 @@ Progress = Callable[[str, int, int], None]
 class Work:
     """One engine for all units of a build."""
 
-    def __init__(self, config: BuildConfig, store: Store, notify: Progress) -> None:
-        self._config, self._store, self._notify = config, store, notify
+    def __init__(self, config: BuildConfig, store: Store, parent: Snapshot | None, notify: Progress) -> None:
+        self._config, self._store, self._parent, self._notify = config, store, parent, notify
         self._open = ExitStack()
         self._started: Engine | None = None
 
@@ -55,7 +61,7 @@ class Work:
             nonlocal done
             for unit in units:
                 order.append(unit.digest)
-                if (record := find_unit_record(self._store, unit.digest)) is not None:
+                if (record := find_unit_record(self._store, unit.digest, self._reusable)) is not None:
                     finished[unit.digest] = record
                     done += unit.num_members
                     continue
@@ -64,7 +70,7 @@ class Work:
         waiting = pending()
         first = next(waiting, None)
         if first is not None:
-            engine = self._engine(total - done)
+            engine = self._engine((total - done) // (COPIES_PER_READ if stage == "settle" else 1))
             self._notify(stage, done, total)
             for item in engine.map(function, chain([first], waiting)):
                 if isinstance(item, UnitRecord):
@@ -73,6 +79,11 @@ class Work:
                     done += item
                 self._notify(stage, done, total)
         return [finished[digest] for digest in order]
+
+    @cached_property
+    def _reusable(self) -> Reusable:
+        kept = frozenset(self._parent.files()) if self._parent is not None else frozenset[str]()
+        return Reusable(kept, self._store.now_s() - GRACE_S / 2)
 
     def _engine(self, num_images: int) -> Engine:
         if self._started is None:
