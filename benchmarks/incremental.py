@@ -49,9 +49,9 @@ def _child(arguments: argparse.Namespace) -> None:
     started_s = time.perf_counter()
     _adopt_orphans()
     if arguments.action == "start":
-        from pipeline.ingest.engine import Engine
+        from pipeline.ingest.engine import RayEngine
 
-        with Engine(workers=arguments.workers):
+        with RayEngine(address="local", workers=arguments.workers):
             told: dict[str, object] = {}
     else:
         import pipeline
