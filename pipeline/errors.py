@@ -12,6 +12,7 @@ EvenshardError                 exit code 1
 |-- IntegrityError             bytes differ from their recorded checksum
 |-- CommitError                a snapshot was not published
 |   `-- LostRaceError          another build published this number first
+|-- StalledError               a batch did not come in time
 |-- EngineError                Ray could not finish a unit
 `-- MissingExtraError          an optional dependency is not installed
 """
@@ -69,6 +70,10 @@ class CommitError(EvenshardError):
 
 class LostRaceError(CommitError):
     """Another build published this snapshot number first."""
+
+
+class StalledError(EvenshardError):
+    """A batch did not come in time: storage, a decoder or a transform hangs."""
 
 
 class EngineError(EvenshardError):

@@ -7,13 +7,18 @@ import hashlib
 import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
+from fault_proxy import directory_server
 
 from pipeline.errors import IntegrityError, StoreError, UsageError
 from pipeline.schema import tar_path
@@ -194,6 +199,16 @@ def test_images_are_kept_and_checked(cache: NodeCache) -> None:
     assert cache.image(sha256, 512, 5) == b"image"
 
 
+def test_images_least_recently_used_go_first(cache: NodeCache) -> None:
+    for number in range(90):
+        cache.keep_image("ab" * 32, number * 512, bytes(92))
+    assert cache.image("ab" * 32, 0, 92)
+    for number in range(90, 130):
+        cache.keep_image("ab" * 32, number * 512, bytes(92))
+    assert cache.image("ab" * 32, 0, 92)
+    assert cache.image("ab" * 32, 512, 92) is None
+
+
 def test_images_stay_within_the_bytes(cache: NodeCache) -> None:
     for number in range(300):
         cache.keep_image("ab" * 32, number * 512, bytes(92))
@@ -291,6 +306,85 @@ def test_a_failure_in_the_background_is_raised_by_a_later_read(tmp_path: Path, m
         read_until_it_fails(reader, (tar_path(shard.sha256), 10, 20))
 
 
+def test_a_download_that_failed_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PIECE_BYTES", 100)
+    shard, cache = Shard(1), NodeCache(tmp_path / "cache", 100_000)
+    reader = reader_of(remote_shards(tmp_path.name, [shard]), [shard], cache)
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+        reader.read(tar_path(shard.sha256), 10, 20)
+        with pytest.raises(StoreError, match="No space left"):
+            read_until_it_fails(reader, (tar_path(shard.sha256), 10, 20))
+    for _ in range(1000):
+        with suppress(StoreError):  # of downloads begun meanwhile
+            reader.read(tar_path(shard.sha256), 10, 20)
+        if shard.found(cache) is not None:
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("the shard never came")
+
+
+def test_what_is_under_way_is_not_begun_again() -> None:
+    downloads, go, done, begun = remote._Downloads(), threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        begun.append(1)
+        go.wait(30)
+
+    for _ in range(5):
+        downloads.begin("a", work)
+    downloads.begin("b", done.set)
+    assert done.wait(30)
+    go.set()
+    downloads.end()
+    assert len(begun) == 1
+
+
+def test_an_image_that_was_kept_wrong_is_fetched_again(tmp_path: Path) -> None:
+    shard, cache = Shard(1), NodeCache(tmp_path / "cache", 500)
+    reader = reader_of(remote_shards(tmp_path.name, [shard]), [shard], cache)
+    cache.keep_image(shard.sha256, 10, b"wrong" * 4)  # as it came, twice
+    right = shard.data[10:30]
+    found = reader.read_many([(tar_path(shard.sha256), 10, 20)], [xxhash.xxh3_64_intdigest(right)])
+    assert found == [right] == [cache.image(shard.sha256, 10, 20)]
+
+
+def test_a_range_beyond_the_end_of_a_kept_shard_is_damage(tmp_path: Path) -> None:
+    shard = Shard(1)
+    reader = reader_of(remote_shards(tmp_path.name, [shard]), [shard], NodeCache(tmp_path / "cache", 100_000))
+    reader.read(tar_path(shard.sha256), 0, 10)
+    with pytest.raises(IntegrityError, match=r"has 1000 bytes, and none of 20 at offset 990"):
+        reader.read(tar_path(shard.sha256), 990, 20)
+
+
+FORKS = """
+import os, sys, threading
+from pipeline.schema import tar_path
+from pipeline.store import Store
+from pipeline.stream.cache import NodeCache
+from pipeline.stream.remote import CachedReader
+
+url, sha256, size, folder = sys.argv[1:]
+reader = CachedReader(Store.open(url), NodeCache(folder, 500), {tar_path(sha256): int(size)})
+reader.read(tar_path(sha256), 0, 10)  # starts threads, which the child has not
+child = os.fork()
+if not child:
+    os._exit(len(reader.read(tar_path(sha256), 100, 20)))
+threading.Timer(60, os.kill, (child, 9)).start()
+os._exit(0 if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 20 else 1)
+"""
+
+
+def test_a_reader_works_in_a_forked_child(tmp_path: Path) -> None:
+    shard = Shard(1)
+    path = tmp_path / "root" / tar_path(shard.sha256)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(shard.data)
+    with directory_server(tmp_path / "root") as url:
+        command = [sys.executable, "-W", "ignore", "-c", FORKS, url, shard.sha256, "1000", str(tmp_path / "cache")]
+        assert subprocess.run(command, check=False, timeout=120).returncode == 0
+
+
 def read_until_it_fails(reader: CachedReader, request: tuple[str, int, int]) -> None:
     for _ in range(1000):
         reader.read(*request)
@@ -298,8 +392,6 @@ def read_until_it_fails(reader: CachedReader, request: tuple[str, int, int]) -> 
 
 
 def test_an_image_that_arrives_wrong_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import xxhash
-
     shard, cache = Shard(1), NodeCache(tmp_path / "cache", 500)
     reader = reader_of(remote_shards(tmp_path.name, [shard]), [shard], cache)
     right, answers = reader.store.read_range, [b"wrong" * 4]

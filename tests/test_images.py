@@ -377,6 +377,15 @@ def test_the_fast_decoders_are_installed_for_tests() -> None:
     assert can_decode_crops()
 
 
+def test_opencv_starts_no_threads_of_its_own() -> None:
+    decoders = crops._fast_decoders()
+    assert decoders is not None
+    decoders[1].setNumThreads(3)
+    crops._fast_decoders.cache_clear()
+    crops._fast_decoders()
+    assert decoders[1].getNumThreads() == 1
+
+
 @pytest.mark.parametrize("pillow_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("width", [200, 800])  # of which the JPEG is decoded whole, and at a fraction
@@ -390,7 +399,9 @@ def test_a_crop_shows_its_box_and_is_mirrored_where_asked(pillow_format: str, fl
     assert_close(crop_of(data, box=box, flip=flip)[..., :2], expected.astype(np.uint8), 6)
 
 
-def test_large_jpegs_are_decoded_at_a_fraction_and_never_below_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def decoded_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What simplejpeg decodes, call by call."""
     decoders = crops._fast_decoders()
     assert decoders is not None
     shapes: list[tuple[int, ...]] = []
@@ -405,10 +416,38 @@ def test_large_jpegs_are_decoded_at_a_fraction_and_never_below_the_crop(monkeypa
             return pixels
 
     monkeypatch.setattr(crops, "_fast_decoders", lambda: (Spy, decoders[1]))
+    return shapes
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_and_never_below_the_crop(decoded_shapes: list[Any]) -> None:
     data = encoded(picture(801, 601), "JPEG", quality=95)
-    for rows in (601, 300, 129, 127):
-        crop_of(data, box=(0, 0, rows, rows), size=64)
-    assert shapes == [(76, 101), (151, 201), (301, 401), (601, 801)]
+    for rows, columns in ((601, 601), (300, 300), (129, 129), (127, 127), (601, 70), (70, 801)):
+        crop_of(data, box=(0, 0, rows, columns), size=64)
+    assert decoded_shapes == [(76, 101), (151, 201), (301, 401), (601, 801), (601, 801), (601, 801)]
+
+
+def test_a_bomb_is_not_handed_to_the_fast_decoder(decoded_shapes: list[Any]) -> None:
+    data = bytearray(sample("jpg"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (50_000).to_bytes(2, "big") * 2
+    assert HARD_MAX_PIXELS < 50_000**2
+    refused = refusal_of(crop_of, bytes(data))
+    assert refused is not None
+    assert refused[0] is Reason.TOO_LARGE
+    assert decoded_shapes == []
+
+
+def test_a_sliver_of_a_jpeg_at_half_its_size_keeps_a_column() -> None:
+    out = np.empty((200, 1, 3), dtype=np.uint8)
+    crop = Crop(top=0, left=3, rows=400, columns=2, height=200, width=1)  # columns 1.5 to 2.5 of the half
+    decode_crop(encoded(picture(600, 400), "JPEG", quality=95), lambda _height, _width: crop, out)
+    assert_close(out[:, 0, 0], np.full(200, 255 * 3.5 / 599).astype(np.uint8), 4)
+
+
+def test_what_shrinks_is_averaged_not_skipped() -> None:
+    pixels = np.zeros((512, 512, 3), np.uint8)
+    pixels[:, ::8] = 240
+    assert (crop_of(encoded(Image.fromarray(pixels), "PNG")) == 30).all()
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "gif"])
@@ -430,6 +469,22 @@ def test_the_box_is_one_of_the_upright_image(orientation: int, pillow_format: st
 def test_an_orientation_in_xmp_turns_a_crop_too() -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="3"/></rdf:RDF></x:xmpmeta>'
     data = encoded(Image.fromarray(np.asarray(picture())[::-1, ::-1].copy()), "JPEG", quality=95, xmp=xmp)
+    assert_close(decode_rgb(data), np.asarray(picture()))
+    assert_close(crop_of(data), crop_of(sample("png")), 12)
+
+
+def turned_by(byteorder: str) -> bytes:
+    """APP1 with an EXIF orientation of 3, by hand: Pillow writes one byte order only."""
+    pack = f"{'<' if byteorder == 'II' else '>'}2sHIHHHIHHI"
+    return b"Exif\0\0" + struct.pack(pack, byteorder.encode(), 42, 8, 1, 0x0112, 3, 1, 3, 0, 0)
+
+
+@pytest.mark.parametrize("byteorder", ["II", "MM"])
+@pytest.mark.parametrize("fill", [0, 1, 3])  # bytes that may stand before any marker
+def test_an_orientation_is_seen_in_both_byte_orders_and_behind_fill_bytes(byteorder: str, fill: int) -> None:
+    upside_down = Image.fromarray(np.asarray(picture())[::-1, ::-1].copy())
+    data = encoded(upside_down, "JPEG", quality=95, exif=turned_by(byteorder))
+    data = data.replace(b"\xff\xe1", b"\xff" * fill + b"\xff\xe1", 1)
     assert_close(decode_rgb(data), np.asarray(picture()))
     assert_close(crop_of(data), crop_of(sample("png")), 12)
 

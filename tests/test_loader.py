@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from torchvision.transforms import v2
 
 import pipeline
 from pipeline.errors import IntegrityError, StateError, UsageError
-from pipeline.images import ImageRejected
+from pipeline.images import ImageRejected, decode_crop
 from pipeline.schema import Reason, index_path, table_path, tar_path
 from pipeline.snapshot import Snapshot
 from pipeline.stream import batches
 from pipeline.stream.drawn import Details
 from pipeline.stream.loader import EvaluationLoader, Loader, Topology
 from pipeline.stream.prefetch import Prefetch
-from pipeline.stream.transforms import Draw
+from pipeline.stream.transforms import Draw, RandomResizedCropFlip
 
 TOPOLOGIES = [(1, 0), (1, 2), (2, 2), (3, 1), (7, 1)]  # ranks, workers
 GLOBAL_BATCH = (
@@ -415,6 +416,41 @@ def test_a_damaged_image_is_an_error_before_its_batch(
     assert all(word in str(caught.value) for word in (victim["key"], tar, f"offset {victim['offset']}"))
 
 
+def drawn_by(snapshot: Snapshot) -> list[list[Draw]]:
+    """The draws of each batch of 10."""
+    seen: list[Draw] = []
+
+    def note(image: torch.Tensor, draw: Draw) -> torch.Tensor:
+        seen.append(draw)
+        return image[:, :1, :1]
+
+    return [seen[-len(labels) :] for _, labels, _ in loader_of(snapshot, transform=note)]
+
+
+def test_the_default_transform_gives_each_image_the_crop_of_its_draw(snapshot: Snapshot) -> None:
+    transform = RandomResizedCropFlip(16)
+    bytes_of = [data for data, _, _ in loader_of(snapshot, transform=None, decode=False)]
+    for (images, _, _), data, draws in zip(
+        loader_of(snapshot, transform=transform), bytes_of, drawn_by(snapshot), strict=True
+    ):
+        for found, item, draw in zip(images, data, draws, strict=True):
+            expected = np.empty((16, 16, 3), np.uint8)
+            decode_crop(item, partial(transform.plan, uniform=draw.uniform(transform.num_uniform)), expected)
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+def test_what_the_default_transform_cannot_decode_is_named(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ImageRejected(Reason.CORRUPT, "for a test")
+
+    monkeypatch.setattr(batches, "decode_crop", refuse)
+    pattern = (
+        r"image [0-9a-f]{16} .* in shards/.*.tar at offset \d+ is as it was stored, but cannot be decoded: .*a test"
+    )
+    with pytest.raises(IntegrityError, match=pattern):
+        next(iter(loader_of(snapshot, transform=RandomResizedCropFlip(16))))
+
+
 def test_damage_is_named_even_where_the_index_is_damaged_too(snapshot: Snapshot, tmp_path: Path) -> None:
     shutil.copytree(snapshot.store.url, tmp_path / "root")
     damaged = pipeline.open_snapshot(tmp_path / "root")
@@ -618,7 +654,7 @@ def test_what_is_no_image_is_refused(snapshot: Snapshot, transform: Any, found: 
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("evenshard")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("evenshard_")]  # of Prefetch
 
 
 def assert_threads_end() -> None:

@@ -21,23 +21,36 @@ RANKS = 4
 TOP = Path(__file__).parents[1]
 
 TRAINS = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 
 import torch
 
 import pipeline
 
-root, out, endless = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "endless"
+root, out, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+endless = mode != "short"
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
+
+
+def transform(image, draw):
+    if rank == 2 and draw.position >= 60 and mode == "raises":
+        raise ZeroDivisionError("a fault of the transform")
+    if rank == 2 and draw.position >= 60 and mode == "hangs":
+        (out / "began").touch()
+        time.sleep(3600)
+    return image[:, :8, :8].float() / 255
+
+
 loader = pipeline.Loader(
     pipeline.open_snapshot(root).manifest("balanced"),
     batch_size=6,
-    transform=lambda image: image[:, :8, :8].float() / 255,
+    transform=transform,
     workers=1,
     details=True,
+    timeout_s=3 if mode == "hangs" else 300,
 )
 network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 6))
 model = torch.nn.parallel.DistributedDataParallel(network)
@@ -120,6 +133,22 @@ def test_a_killed_rank_ends_all_in_ten_seconds_and_is_named(snapshot: Snapshot, 
     assert job.returncode != 0
     assert re.search(rf"rank\s*: 2 \(local_rank: 2\)\s+exitcode\s*: -9 \(pid: {victim}\)", output), output
     until(lambda: not any(alive(int(path.read_text())) for path in pids), within_s=10)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("raises", r"ZeroDivisionError: a fault of the transform\n.*in the transform of image [0-9a-f]{16}"),
+        ("hangs", r"StalledError: no batch came for 3 s: in the transform .*rank 2 of 4 needs positions \d+ to \d+"),
+    ],
+)
+def test_a_rank_whose_transform_fails_or_hangs_ends_all_and_says_why(
+    snapshot: Snapshot, tmp_path: Path, mode: str, message: str
+) -> None:
+    output = finish(job := torchrun(snapshot, tmp_path, mode), within_s=300)
+    assert job.returncode != 0
+    assert re.search(message, output), output
+    assert re.search(r"rank\s*: 2 \(local_rank: 2\)\s+exitcode\s*: 1 ", output), output
 
 
 def alive(pid: int) -> bool:

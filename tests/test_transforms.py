@@ -78,6 +78,23 @@ def test_flip_happens_as_often_as_asked() -> None:
         assert low <= flipped <= high
 
 
+def test_the_area_of_boxes_is_uniform_and_every_row_is_a_first_one() -> None:
+    options: Any = {"scale": (0.1, 0.5), "ratio": (1.0, 1.0)}
+    boxes = [crop_box(100, 100, uniform=draw(key).uniform(40), **options) for key in range(2000)]
+    shares = np.array([rows * columns / 10_000 for _, _, rows, columns in boxes])
+    assert np.allclose(np.quantile(shares, [0.25, 0.5, 0.75]), [0.2, 0.3, 0.4], atol=0.02)
+    large: Any = {"scale": (0.81, 0.81), "ratio": (1.0, 1.0)}
+    places = {crop_box(10, 10, uniform=draw(key).uniform(40), **large)[:2] for key in range(200)}
+    assert places == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_a_box_that_does_not_fit_is_drawn_again() -> None:
+    transform = transforms.RandomResizedCropFlip(8)
+    plans = [transform.plan(40, 160, draw(key).uniform(transform.num_uniform)) for key in range(300)]
+    central = [plan for plan in plans if (plan.rows, plan.columns) == (40, 53)]
+    assert len(central) < 60  # an eighth, where none of ten fits; of single attempts four in five do not
+
+
 def test_crop_boxes_have_the_asked_area_and_aspect_and_reach_every_corner() -> None:
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     boxes = [crop_box(300, 400, scale=scale, ratio=ratio, uniform=draw(key).uniform(40)) for key in range(3000)]

@@ -10,5 +10,6 @@ byte becomes a pixel before its checksum was verified (R1).
 
 ``loader.py`` the two loaders, positions and state; ``drawn.py`` the rows of many steps planned at once;
 ``batches.py`` rows to one batch; ``damage.py`` stand-ins for damaged images; ``remote.py`` and ``cache.py`` far roots;
-``prefetch.py`` batches built ahead in threads; ``transforms.py`` pixels to pixels, randomness keyed by the draw.
+``prefetch.py`` batches built ahead in threads; ``stalls.py`` what a thread that hangs is doing; ``transforms.py``
+pixels to pixels, randomness keyed by the draw.
 """

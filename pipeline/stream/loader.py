@@ -20,9 +20,9 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -35,12 +35,16 @@ from pipeline.stream.batches import BatchReader, Rows
 from pipeline.stream.cache import NodeCache, default_cache
 from pipeline.stream.damage import Replacement
 from pipeline.stream.drawn import Batch, Built, DrawnBatches, Recipe, pinned
-from pipeline.stream.prefetch import Prefetch
+from pipeline.stream.prefetch import Patience, Prefetch
 from pipeline.stream.repeats import RepeatCache
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
 
 STATE_FORMAT_VERSION = 1
 
+TIMEOUT_S = 300.0
+"""Twice what reads of remote storage take to give up by themselves, and half of what NCCL waits for a rank."""
+
+_NAMED_SHARDS = 4
 _AUGMENT = 4  # purposes of keys: 1 to 3 are the epoch function's when, which and turn
 _EVALUATION_ORDER = 5
 
@@ -96,6 +100,7 @@ class Loader:
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
         repeat_bytes: int = 0,
+        timeout_s: float | None = TIMEOUT_S,
     ) -> None:
         """``batch_size`` is per rank, ``workers`` counts threads, ``prefetch`` batches made ahead by each of them (2).
 
@@ -113,8 +118,21 @@ class Loader:
 
         ``repeat_bytes`` of memory, of this process, keep decoded images, those drawn most often: pixels stay the same,
         and a balanced epoch of a long tail needs up to half as much processor time (docs/TRAINING.md).
+
+        A batch that threads do not bring within ``timeout_s`` is a StalledError, which names rank, stage and shards: a
+        rank that hangs ends instead of holding up all others until their collective gives up. With ``workers=0``
+        batches are made in the caller's thread, where nothing can end them.
+
+        A Loader can be pickled if its transform can. The copy goes on where this one stands, as the same rank, with
+        threads of its own; it reads on its own account, so this one should stop.
         """
+        self._made_with: dict[str, Any] = {
+            "transform": transform, "seed": seed, "workers": workers, "decode": decode, "details": details,
+            "prefetch": prefetch, "pin_memory": pin_memory, "on_damage": on_damage, "cache_dir": cache_dir,
+            "cache_bytes": cache_bytes, "repeat_bytes": repeat_bytes, "timeout_s": timeout_s,
+        }  # fmt: skip
         self._topology = Topology.resolve(rank, world_size)
+        self._timeout_s = _seconds(timeout_s)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
         self._global_batch = self._batch_size * self._topology.world_size
         self._seed = _whole("seed", seed)
@@ -148,6 +166,17 @@ class Loader:
         self._at_start = True
         self._current: weakref.ref[_Steps] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {**self._made_with, "rank": self._topology.rank, "world_size": self._topology.world_size}
+        return _loader_again, (type(self), self.manifest, self._batch_size, options), self._progress()
+
+    def __setstate__(self, progress: dict[str, Any]) -> None:
+        self.load_state_dict(progress["state"])
+        self.num_replaced, self._warned_of = progress["num_replaced"], set(progress["warned_of"])
+
+    def _progress(self) -> dict[str, Any]:
+        return {"state": self.state_dict(), "num_replaced": self.num_replaced, "warned_of": sorted(self._warned_of)}
+
     @property
     def epoch(self) -> int:
         """The epoch being iterated, else the one that the next ``iter()`` yields."""
@@ -174,7 +203,8 @@ class Loader:
         self._move_to(self._next_start())
         starts = self._steps_from(self._consumed)
         drawn = DrawnBatches(self._recipe, self._reader, self._replacement, starts)
-        batches = Prefetch(drawn.batch, starts, threads=self._threads, ahead=self._ahead)
+        patience = _patience(self._timeout_s, self._describe)
+        batches = Prefetch(drawn.batch, starts, threads=self._threads, ahead=self._ahead, patience=patience)
         steps = _Steps(self, batches, epoch=self._plan.epoch_of(self._consumed), num_steps=len(starts))
         self._current = weakref.ref(steps)
         return steps
@@ -252,6 +282,13 @@ class Loader:
         if self._live() is steps:
             self._current = None
 
+    def _describe(self, start: int) -> str:
+        """The batch of this rank in the step that begins at ``start``, for an error."""
+        begin = start + self._recipe.first
+        drawn = self._plan.draws(begin, begin + self._batch_size)
+        ordinal, _ = self._plan.images(drawn.class_id, drawn.draw)
+        return _needs(self._topology, self._reader, begin, self._recipe.class_starts[drawn.class_id] + ordinal)
+
     def _refuse_small_epoch(self) -> None:
         num_draws = self._plan.num_draws(0)
         if num_draws < self._global_batch:
@@ -292,6 +329,9 @@ class _Steps(Iterator[Batch]):
             self._loader._handed_out(self, built)  # pyright: ignore[reportPrivateUsage]
             return built.batch
 
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("an iterator of a Loader cannot be pickled, as its threads cannot: pickle the Loader instead")
+
     def close(self) -> None:
         """End the threads; advancing again is an error, except after the last batch."""
         self._batches.close()
@@ -320,12 +360,19 @@ class EvaluationLoader:
         pin_memory: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
+        timeout_s: float | None = TIMEOUT_S,
     ) -> None:
         """As for ``Loader``; the default transform is the central 224 x 224 of the image scaled to 256.
 
         A damaged image always raises: a score over other images than the split's would be no score of the split.
         """
+        self._made_with: dict[str, Any] = {
+            "transform": transform, "workers": workers, "prefetch": prefetch, "pin_memory": pin_memory,
+            "cache_dir": cache_dir, "cache_bytes": cache_bytes, "timeout_s": timeout_s,
+        }  # fmt: skip
+        self._snapshot, self._split = snapshot, split
         self._topology = Topology.resolve(rank, world_size)
+        self._timeout_s = _seconds(timeout_s)
         self._batch_size = _whole("batch_size", batch_size, at_least=1)
         self._threads, self._ahead = _concurrency(workers, prefetch)
         self._pin_memory = pin_memory
@@ -343,10 +390,22 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         global_batch = self._batch_size * self._topology.world_size
         starts = range(0, len(self) * global_batch, global_batch)
-        return Prefetch(self._batch, starts, threads=self._threads, ahead=self._ahead)
+        patience = _patience(self._timeout_s, self._describe)
+        return Prefetch(self._batch, starts, threads=self._threads, ahead=self._ahead, patience=patience)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {**self._made_with, "rank": self._topology.rank, "world_size": self._topology.world_size}
+        return _loader_again, (type(self), self._snapshot, self._split, self._batch_size, options)
+
+    def _describe(self, start: int) -> str:
+        position = self._positions(start)
+        return _needs(self._topology, self._reader, int(position[0]), self._rows(position).row)
+
+    def _positions(self, start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return start + self._topology.rank * self._batch_size + np.arange(self._batch_size)
 
     def _batch(self, start: int) -> Batch:
-        position = start + self._topology.rank * self._batch_size + np.arange(self._batch_size)
+        position = self._positions(start)
         rows = self._rows(position)
         mask = torch.from_numpy(position < self._num_samples)
         batch = self._reader.images(rows), torch.from_numpy(rows.class_id.astype(np.int64)), mask
@@ -369,6 +428,32 @@ def _repeats(manifest: Manifest, max_bytes: int) -> RepeatCache | None:
     if not _whole("repeat_bytes", max_bytes, at_least=0):
         return None
     return RepeatCache(max_bytes, manifest.targets / np.maximum(manifest.pool, 1))
+
+
+def _loader_again(kind: Any, *arguments: Any) -> Any:
+    """What pickling makes of a loader: the call that made it."""
+    *positional, options = arguments
+    return kind(*positional, **options)
+
+
+def _patience(timeout_s: float | None, describe: Callable[[int], str]) -> Patience | None:
+    return None if timeout_s is None else Patience(timeout_s=timeout_s, describe=describe)
+
+
+def _needs(topology: Topology, reader: BatchReader, begin: int, row: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    """What this rank's batch from position ``begin`` is made of."""
+    tars = sorted({tar for tar, _, _ in reader.locate(row).ranges})
+    more = f" and {len(tars) - _NAMED_SHARDS} more" if len(tars) > _NAMED_SHARDS else ""
+    return (
+        f"rank {topology.rank} of {topology.world_size} needs positions {begin} to {begin + len(row) - 1}, from "
+        f"{', '.join(tars[:_NAMED_SHARDS])}{more}"
+    )
+
+
+def _seconds(timeout_s: float | None) -> float | None:
+    if timeout_s is not None and not timeout_s > 0:
+        raise UsageError(f"timeout_s must be a number of seconds above 0, or None to wait for ever, got {timeout_s!r}")
+    return timeout_s
 
 
 def _cache(snapshot: Snapshot, directory: str | os.PathLike[str] | None, max_bytes: int | None) -> NodeCache | None:

@@ -2,7 +2,8 @@
 
 Comes in: a function and the arguments to call it with. Goes out: its results, in the order of the arguments.
 Guarantees: the same results for any number of threads; at most ``ahead`` calls started or done and not yet handed out;
-an exception comes out at the place of its call; dropping or closing the iterator ends its threads, without waiting for
+an exception comes out at the place of its call; a call that takes longer than ``timeout_s`` is an error that names it,
+whatever it waits for; dropping or closing the iterator ends its threads, without waiting for
 them; a call that never returns does not keep the interpreter from ending; torch spreads none of the calls over further
 threads.
 """
@@ -16,10 +17,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
+
+from pipeline.errors import StalledError, UsageError
+from pipeline.stream.stalls import stage_of, within_a_moment
 
 T = TypeVar("T")
 
@@ -28,13 +34,25 @@ PATIENCE_S = 2.0
 
 
 class Prefetch(Generic[T]):
-    """``map(function, arguments)``, by ``threads`` threads; 0 threads means in the caller's, when asked."""
+    """``map(function, arguments)``, by ``threads`` threads; 0 threads means in the caller's, when asked.
 
-    def __init__(self, function: Callable[[int], T], arguments: Iterable[int], *, threads: int, ahead: int) -> None:
+    ``patience`` is for threads: nobody else could end a wait in the caller's own.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[int], T],
+        arguments: Iterable[int],
+        *,
+        threads: int,
+        ahead: int,
+        patience: Patience | None = None,
+    ) -> None:
         self._function = function
+        self._patience = patience
         self._arguments = iter(arguments)
         self._retry: int | None = None
-        self._pending: deque[Future[T]] = deque()
+        self._pending: deque[_Call[T]] = deque()
         self._pool = _Threads(threads) if threads else None
         if self._pool is not None:
             # Threads hold the function, never this object: so it can be collected, and then they stop.
@@ -47,6 +65,9 @@ class Prefetch(Generic[T]):
 
     def __next__(self) -> T:
         return self._next_here() if self._pool is None else self._next_of(self._pool)
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("an iterator over batches cannot be pickled, as its threads cannot: pickle the loader instead")
 
     def close(self) -> None:
         """Start nothing more; a call that runs now ends in the background."""
@@ -72,7 +93,9 @@ class Prefetch(Generic[T]):
         if not self._pending:
             raise StopIteration
         try:
-            result = self._pending[0].result()  # leaves the queue only once it is there: an interrupt loses nothing
+            result = self._wait(self._pending[0])  # leaves the queue only once it is there: an interrupt loses nothing
+        except StalledError:  # the call is still there, for whoever asks again
+            raise
         except Exception:
             # The exception stays, for whoever asks again. It holds this frame, and so this object: end the threads now.
             self._finalizer()
@@ -81,17 +104,49 @@ class Prefetch(Generic[T]):
         self._submit(pool)
         return result
 
+    def _wait(self, call: _Call[T]) -> T:
+        if self._patience is None:
+            return call.future.result()
+        try:
+            return call.future.result(self._patience.timeout_s)
+        except TimeoutError:
+            if call.future.done():  # its own, not ours
+                raise
+        raise StalledError(
+            f"no batch came for {self._patience.timeout_s:g} s: {stage_of(call.thread_id)}; "
+            f"{within_a_moment(partial(self._patience.describe, call.argument))}. Look at what hangs there, or give "
+            "timeout_s more seconds (None waits for ever)"
+        )
+
     def _submit(self, pool: _Threads) -> None:
         for argument in self._arguments:
             self._pending.append(pool.submit(self._function, argument))
             return
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for one call, and what to say of its argument if it takes longer."""
+
+    timeout_s: float
+    describe: Callable[[int], str]
+
+
+class _Call(Generic[T]):
+    """One call, the thread that makes it, its result to come."""
+
+    def __init__(self, function: Callable[[int], T], argument: int) -> None:
+        self.function = function
+        self.argument = argument
+        self.future: Future[T] = Future()
+        self.thread_id: int | None = None
+
+
 class _Threads:
     """Daemon threads, unlike an executor's: the interpreter joins those when it ends, and one that hangs hangs it."""
 
     def __init__(self, threads: int) -> None:
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         torch_threads = torch.get_num_threads()
         self._threads = [
             threading.Thread(target=_work, args=(self._calls, torch_threads), name=f"evenshard_{i}", daemon=True)
@@ -101,11 +156,11 @@ class _Threads:
             thread.start()
         _all_threads.add(self)
 
-    def submit(self, function: Callable[[int], T], argument: int) -> Future[T]:
-        """The result to come."""
-        future: Future[T] = Future()
-        self._calls.put((future, function, argument))
-        return future
+    def submit(self, function: Callable[[int], T], argument: int) -> _Call[T]:
+        """The call, with its result to come."""
+        call = _Call(function, argument)
+        self._calls.put(call)
+        return call
 
     def stop(self) -> None:
         """Drop the calls not begun, and end each thread after the one it runs."""
@@ -122,7 +177,6 @@ class _Threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-_Call = tuple[Future[Any], Callable[[int], Any], int]
 _all_threads: weakref.WeakSet[_Threads] = weakref.WeakSet()
 
 
@@ -135,20 +189,21 @@ def _end_threads() -> None:
         threads.join(deadline)
 
 
-def _work(calls: SimpleQueue[_Call | None], torch_threads: int) -> None:
+def _work(calls: SimpleQueue[_Call[Any] | None], torch_threads: int) -> None:
     _run_single(torch_threads)
     while (call := calls.get()) is not None:
-        _answer(*call)
+        _answer(call)
         del call  # or the last batch would live until the next call comes
 
 
-def _answer(future: Future[Any], function: Callable[[int], Any], argument: int) -> None:
+def _answer(call: _Call[Any]) -> None:
+    call.thread_id = threading.get_ident()
     try:
-        result = function(argument)
+        result = call.function(call.argument)
     except BaseException as error:
-        future.set_exception(error)  # for the thread that asked; this one goes on
+        call.future.set_exception(error)  # for the thread that asked; this one goes on
     else:
-        future.set_result(result)
+        call.future.set_result(result)
 
 
 # One image is too little work to share: torch with two threads of its own took 5.5 ms of processor time for a crop and
