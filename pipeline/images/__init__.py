@@ -5,9 +5,9 @@ batch, or `ImageRejected` with a reason of the rejects table. Guarantees: the by
 and only among six formats, so no file reaches a parser that runs programs (EPS) or unpacks archives; a declared size
 beyond the limit is refused before a pixel is allocated; both checks report equal facts; any thread may call, no state.
 
-`headers` reads structure, `pillow` is the reference: `decode_rgb`, and the word of a full decode. `inspection` is what
-a build asks of every image, within limits (`watch`) and, after a crash, from a child process (`isolated`). `crops`
-decodes one crop at speed, and takes and refuses the same as the reference.
+`headers` reads structure (`plain` that of common files, quickly), `pillow` is the reference: `decode_rgb`, and the word
+of a full decode. `inspection` is what a build asks of every image, within limits (`watch`) and, after a crash, from a
+child process (`isolated`). `crops` decodes one crop at speed, and takes and refuses the same as the reference.
 """
 
 from pipeline.images.crops import REFERENCE, Crop, can_decode_crops, decode_crop, decode_kept, decoded_eighths

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pipeline.images.facts import Facts, ImageRejected, Limits, check_pixels
+from pipeline.images.plain import plain_jpeg, plain_png
 from pipeline.schema import Reason
 
 PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF"}
@@ -63,25 +64,21 @@ _OTHER_MAGIC = {
     b"{": "JSON or text",
 }
 
-_PNG_MODES = {
-    (1, 0): "1", (2, 0): "L", (4, 0): "L", (8, 0): "L", (16, 0): "I;16",
-    (8, 2): "RGB", (16, 2): "RGB",
-    (1, 3): "P", (2, 3): "P", (4, 3): "P", (8, 3): "P",
-    (8, 4): "LA", (16, 4): "RGBA", (8, 6): "RGBA", (16, 6): "RGBA",
-}  # fmt: skip
-"""(bits, colour type) -> the mode Pillow opens it in."""
-
-_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
-
 
 def glance(data: bytes, *, limits: Limits) -> Facts | None:
     """Facts of an image whose structure is plain and complete, as its decoder would tell them; None: ask the decoder.
 
     ImageRejected for what no decoder is to be asked about: not an allowed format, cut short, beyond the limits.
     """
-    facts = _walk(recognise(data, limits=limits), data)
-    if facts is not None:
-        check_pixels(facts.width, facts.height, limits.max_pixels)
+    facts = plain_jpeg(data) if len(data) <= limits.max_bytes else None
+    if facts is None:
+        found = recognise(data, limits=limits)
+        if found == "png":
+            facts = plain_png(data)
+        if facts is None:
+            _refuse_cut(found, data)
+            return None
+    check_pixels(facts.width, facts.height, limits.max_pixels)
     return facts
 
 
@@ -115,67 +112,58 @@ def _unknown(data: bytes) -> ImageRejected:
     return ImageRejected(Reason.NOT_AN_IMAGE, f"looks like {other}" if other else f"starts with {data[:8].hex(' ')}")
 
 
-# --- Structure: is the file complete, and is it so plain that its header can be trusted? ---
+# --- Structure: is the file complete? ---
 
 
-def _walk(found: str, data: bytes) -> Facts | None:
-    """Facts where the structure is plain, None where a decoder must judge; ImageRejected where the end is missing.
+def is_whole(found: str, data: bytes) -> bool:
+    """Whether the structure of a file that `glance` did not refuse shows that all its pixels are there.
 
-    BMP has no end mark, nor has TIFF: there the decoder finds out.
+    TIFF has no end mark, and a damaged file may still look whole: what tells is then the decoder.
     """
     if found == "jpg":
-        return _walk_jpeg(data)
+        return _jpeg_segments(data)
+    if found == "bmp":
+        return _is_whole_bmp(data)
+    return found in ("gif", "webp") or (found == "png" and _png_chunks(data))
+
+
+def _refuse_cut(found: str, data: bytes) -> None:
+    """Raise ImageRejected where the end is missing. BMP has no end mark, nor has TIFF: there the decoder finds out."""
+    if found == "jpg":
+        _jpeg_segments(data)
     if found == "png":
-        return _walk_png(data)
+        _png_chunks(data)
     if found == "gif":
         _walk_gif(data)
     if found == "tif" and len(data) < _tiff_directory(data) + 2:
         raise _truncated(f"the directory at byte {_tiff_directory(data)} lies beyond the {len(data)} bytes")
     if found == "webp" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise _truncated(f"{len(data)} bytes of {8 + int.from_bytes(data[4:8], 'little')}")
-    return None
 
 
 def _truncated(detail: str) -> ImageRejected:
     return ImageRejected(Reason.TRUNCATED, detail)
 
 
-class _Frame(NamedTuple):
-    width: int
-    height: int
-    components: int
-
-
-def _walk_jpeg(data: bytes) -> Facts | None:
-    frame, is_plain, position = None, True, 2
+def _jpeg_segments(data: bytes) -> bool:
+    """Whether segments lead from the first one to the scan without a gap; ImageRejected where the end is missing."""
+    is_orderly, position = True, 2
     while position + 4 <= len(data):
         if data[position] != 0xFF or data[position + 1] in (0x00, 0x01, 0xFF) or 0xD0 <= data[position + 1] <= 0xD9:
-            is_plain = False  # fill bytes or garbage between segments: Pillow skips them its own way
+            is_orderly = False  # fill bytes or garbage between segments: Pillow skips them its own way
             position += 1
             continue
-        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xDA:
+        if data[position + 1] == 0xDA:
             break
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            is_plain &= frame is None and marker <= 0xC2 and data[position + 4 : position + 5] == b"\x08"
-            frame = _jpeg_frame(data[position + 4 : position + 10])
-        position += 2 + length
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     # The bytes FF D9 cannot occur within coded pixels (FF is stuffed); thumbnails with their own end lie before.
     if position + 4 > len(data) or not (data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", position) >= 0):
         raise _truncated(f"no end-of-image marker in {len(data)} bytes")
-    if not is_plain or frame is None or frame.components not in _JPEG_MODES or not frame.height:
-        return None
-    return Facts(width=frame.width, height=frame.height, format="jpg", mode=_JPEG_MODES[frame.components])
+    return is_orderly
 
 
-def _jpeg_frame(segment: bytes) -> _Frame | None:
-    if len(segment) < 6:
-        return None
-    height, width, components = struct.unpack(">HHB", segment[1:6])
-    return _Frame(width, height, components)
-
-
-def _walk_png(data: bytes) -> Facts | None:
+def _png_chunks(data: bytes) -> bool:
+    """Whether all chunks are intact, and the image is no animation; ImageRejected where the end is missing."""
     position, names, is_intact = 8, set[bytes](), True
     while b"IEND" not in names:
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
@@ -185,17 +173,25 @@ def _walk_png(data: bytes) -> Facts | None:
         checksum = zlib.crc32(memoryview(data)[position + 4 : end - 4])
         is_intact &= checksum == int.from_bytes(data[end - 4 : end], "big")
         position = end
-    return _png_facts(data[8:33]) if is_intact and b"IDAT" in names and b"acTL" not in names else None
+    return is_intact and b"IDAT" in names and b"acTL" not in names
 
 
-def _png_facts(chunk: bytes) -> Facts | None:
-    if chunk[:8] != b"\0\0\0\rIHDR":
-        return None
-    width, height, bits, colour, packing, filtering, interlace = struct.unpack(">IIBBBBB", chunk[8:21])
-    mode = _PNG_MODES.get((bits, colour))
-    if mode is None or mode == "P" or packing or filtering or interlace > 1:
-        return None  # a palette may be missing or short: let Pillow look
-    return Facts(width=width, height=height, format="png", mode=mode)
+def refuse_canvas(found: str, data: bytes, max_pixels: int) -> None:
+    """Raise ImageRejected for a WebP or GIF whose canvas, which their decoders fill first, is beyond the limit."""
+    if found == "webp" and data[12:16] == b"VP8X" and len(data) >= 30:
+        width, height = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+        check_pixels(width, height, max_pixels)
+    if found == "gif" and len(data) >= 10:
+        check_pixels(*struct.unpack("<HH", data[6:10]), max_pixels)
+
+
+def _is_whole_bmp(data: bytes) -> bool:
+    """Whether an uncompressed BMP of the usual header has as many bytes as its size asks for."""
+    if len(data) < 54 or int.from_bytes(data[14:18], "little") < 40 or int.from_bytes(data[30:34], "little") != 0:
+        return False
+    start, width, height = struct.unpack("<I4xii", data[10:26])
+    bits = int.from_bytes(data[28:30], "little")
+    return bits in (8, 24, 32) and width > 0 and len(data) >= start + (width * bits + 31) // 32 * 4 * abs(height)
 
 
 def _walk_gif(data: bytes) -> None:

@@ -22,8 +22,8 @@ from pipeline.images.watch import limit_memory, unwatch, watch
 class Inspection:
     """What is asked of every image; travels to workers and to the children that decode for them.
 
-    ``decode`` decodes every pixel of the first frame. ``header`` trusts the pixels of an image whose structure is plain
-    and complete, and decodes everything else.
+    ``decode`` decodes every pixel of the first frame. ``header`` trusts the pixels of an image that looks whole: plain
+    JPEG and PNG are read by our own parser, others opened by Pillow; what does not look whole is decoded all the same.
     """
 
     check: Check
@@ -40,7 +40,7 @@ class Inspection:
 
     def decode(self, data: bytes) -> Facts:
         """The decoder's word: facts, or ImageRejected. May also crash, hang or raise MemoryError."""
-        return decode_facts(data, limits=self.limits)
+        return decode_facts(data, limits=self.limits, check=self.check)
 
 
 def inspect(data: bytes, *, check: Check, limits: Limits) -> Facts:

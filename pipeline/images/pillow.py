@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from pipeline.images.facts import HARD_MAX_PIXELS, Facts, ImageRejected, Limits, check_pixels
-from pipeline.images.headers import PILLOW_FORMATS, recognise
+from pipeline.images.facts import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, check_pixels
+from pipeline.images.headers import PILLOW_FORMATS, is_whole, recognise, refuse_canvas
 from pipeline.schema import Reason
 
 # Pillow refuses at twice this number. Written down, so that no other library in the process decides for us.
@@ -38,16 +38,25 @@ _TRANSPOSE = {
 }
 
 
-def decode_facts(data: bytes, *, limits: Limits) -> Facts:
-    """Facts of an image of which every pixel of the first frame was decoded, else ImageRejected."""
+def decode_facts(data: bytes, *, limits: Limits, check: Check) -> Facts:
+    """What Pillow says of an image, else ImageRejected.
+
+    ``decode``: having decoded every pixel of the first frame. ``header``: having opened it, if it looks whole.
+    """
     found = recognise(data, limits=limits)
-    with _decoding(found):
+    try:
+        refuse_canvas(found, data, limits.max_pixels)
         image = _open(data, found)
         width, height = _stored_size(image)
         check_pixels(width, height, limits.max_pixels)
         mode = image.mode
         _check_mode(mode)
-        image.load()
+        if check == "decode" or not is_whole(found, data):
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _rejection(error, found) from error
     return Facts(width, height, found, mode)
 
 
@@ -82,16 +91,20 @@ def _decoding(found: str) -> Generator[None]:
     """Whatever a decoder raises about one image becomes a reject row."""
     try:
         yield
-    except (ImageRejected, MemoryError):
+    except MemoryError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageRejected(Reason.TOO_LARGE, str(error)) from error
-    except Image.UnidentifiedImageError as error:  # its message holds a memory address, which no build repeats
-        raise ImageRejected(
-            Reason.CORRUPT, f"begins like {PILLOW_FORMATS[found]}, but its header is damaged"
-        ) from error
-    except Exception as error:  # decoders raise anything at all on hostile bytes: struct.error, KeyError, ...
-        raise _refusal(error) from error
+    except Exception as error:
+        raise _rejection(error, found) from error
+
+
+def _rejection(error: Exception, found: str) -> ImageRejected:
+    if isinstance(error, ImageRejected):
+        return error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return ImageRejected(Reason.TOO_LARGE, str(error))
+    if isinstance(error, Image.UnidentifiedImageError):  # its message holds a memory address, which no build repeats
+        return ImageRejected(Reason.CORRUPT, f"begins like {PILLOW_FORMATS[found]}, but its header is damaged")
+    return _refusal(error)  # decoders raise anything at all on hostile bytes: struct.error, KeyError, ...
 
 
 def _refusal(error: Exception) -> ImageRejected:
