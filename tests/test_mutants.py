@@ -50,6 +50,19 @@ def test_the_parser_tells_what_pillow_tells_or_nothing() -> None:
     assert num_told > 250  # else the law holds of nothing
 
 
+def test_segments_of_a_wrong_length_are_left_to_pillow() -> None:
+    data = originals()[0][1]
+    frame = data.index(b"\xff\xc0")
+    longer = (
+        data[: frame + 3] + bytes([data[frame + 3] + 1]) + data[frame + 4 : frame + 19] + b"\0" + data[frame + 19 :]
+    )
+    assert plain_jpeg(data) is not None
+    assert plain_jpeg(longer) is None
+    assert plain_jpeg(data[:2] + b"\xff\xfe\0\0" + data[4:]) is None
+    empty = data[:2] + b"\xff\xfe\0\1" + data[2:]
+    assert plain_jpeg(empty) is None
+
+
 def test_the_header_check_accepts_only_what_pillow_opens_as_the_same() -> None:
     for name, data in mutants(1500, seed=2):
         try:

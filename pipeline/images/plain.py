@@ -33,7 +33,7 @@ def plain_jpeg(data: bytes) -> Facts | None:
     """Facts of a baseline or progressive JPEG without fill bytes, EXIF or other cleverness."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    frame, position, last = b"", 2, len(data) - 4
+    frame, position, length, last = b"", 2, 0, len(data) - 4
     while position <= last:
         marker, length = data[position + 1], data[position + 2] << 8 | data[position + 3]
         if data[position] != 0xFF or length < 2:
