@@ -167,15 +167,18 @@ class Soak:
         marks = [*sorted(self.rng.uniform(0.02, 0.85) for _ in range(num_driver_kills - 1)), 0.9]
         per_run = num_worker_kills / num_driver_kills
         for number, mark in enumerate(marks):
-            wanted = round(per_run * (number + 1)) - self.worker_kills
-            driver = Driver(self.reference.source, self.root, self.arguments)
-            self._disturb(driver, base + mark * units, wanted)
-            if driver.process.poll() is None:
-                driver.kill()
-                self.driver_kills += 1
-            else:
+            for _ in range(5):
+                wanted = round(per_run * (number + 1)) - self.worker_kills
+                driver = Driver(self.reference.source, self.root, self.arguments)
+                self._disturb(driver, base + mark * units, wanted)
+                if driver.process.poll() is None:
+                    driver.kill()
+                    self.driver_kills += 1
+                    break
                 _, told = driver.process.communicate()
                 self.ended.append(f"exit code {driver.process.returncode} {told[-500:]}")
+                if "could not start or reach" not in told:  # a busy machine: Ray waits 30 s for its own processes
+                    break
         published = len(list((self.root / "snapshots").glob("*.json"))) if (self.root / "snapshots").exists() else 0
         result = Driver(self.reference.source, self.root, self.arguments).result()
         files, expected = kept(self.root), self.reference.files
