@@ -78,8 +78,13 @@ class Names:
         return candidate
 
 
+_CONTAINER_ENDS = tuple(CONTAINER_KINDS)
+
+
 def container_kind(name: str) -> ContainerKind | None:
     """'tar' or 'parquet' by extension, else None."""
+    if not name.lower().endswith(_CONTAINER_ENDS):  # nearly every file of a folder: one call, not one for each kind
+        return None
     return next((kind for extension, kind in CONTAINER_KINDS.items() if name.lower().endswith(extension)), None)
 
 
