@@ -36,7 +36,7 @@ def plain_jpeg(data: bytes) -> Facts | None:
     frame, position, length, last = b"", 2, 0, len(data) - 4
     while position <= last:
         marker, length = data[position + 1], data[position + 2] << 8 | data[position + 3]
-        if data[position] != 0xFF or length < 2:
+        if data[position] != 0xFF:
             return None
         if marker == 0xDA:
             break

@@ -99,6 +99,7 @@ class Pool:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # decoders say there what they think of damaged images
             )
         worker = Connection(ours.detach())
         self._processes[worker] = process
