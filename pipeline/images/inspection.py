@@ -28,6 +28,8 @@ class Inspection:
 
     check: Check
     limits: Limits
+    hashed: bool = False
+    """Whether facts are to carry a perceptual hash, for which every image is decoded."""
 
     def open(self, *, attempt: int) -> Inspector:
         """What inspects the images of one unit; ``attempt`` counts from 1, and further ones followed a lost worker."""
@@ -36,11 +38,11 @@ class Inspection:
     def glance(self, data: bytes) -> Facts | None:
         """The facts where no decoder is needed, None where it is; ImageRejected where none shall be asked."""
         facts = glance(data, limits=self.limits)
-        return facts if self.check == "header" else None
+        return facts if self.check == "header" and not self.hashed else None
 
     def decode(self, data: bytes) -> Facts:
         """The decoder's word: facts, or ImageRejected. May also crash, hang or raise MemoryError."""
-        return decode_facts(data, limits=self.limits, check=self.check)
+        return decode_facts(data, limits=self.limits, check=self.check, hashed=self.hashed)
 
 
 def inspect(data: bytes, *, check: Check, limits: Limits) -> Facts:

@@ -14,6 +14,7 @@ from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from pipeline.images.facts import HARD_MAX_PIXELS, Check, Facts, ImageRejected, Limits, check_pixels
 from pipeline.images.headers import PILLOW_FORMATS, is_whole, recognise, refuse_canvas
+from pipeline.images.similarity import difference_hash
 from pipeline.schema import Reason
 
 # Pillow refuses at twice this number. Written down, so that no other library in the process decides for us.
@@ -38,10 +39,11 @@ _TRANSPOSE = {
 }
 
 
-def decode_facts(data: bytes, *, limits: Limits, check: Check) -> Facts:
+def decode_facts(data: bytes, *, limits: Limits, check: Check, hashed: bool = False) -> Facts:
     """What Pillow says of an image, else ImageRejected.
 
-    ``decode``: having decoded every pixel of the first frame. ``header``: having opened it, if it looks whole.
+    ``decode``: having decoded every pixel of the first frame. ``header``: having opened it, if it looks whole and is
+    not to be ``hashed``.
     """
     found = recognise(data, limits=limits)
     try:
@@ -51,13 +53,14 @@ def decode_facts(data: bytes, *, limits: Limits, check: Check) -> Facts:
         check_pixels(width, height, limits.max_pixels)
         mode = image.mode
         _check_mode(mode)
-        if check == "decode" or not is_whole(found, data):
+        if check == "decode" or hashed or not is_whole(found, data):
             image.load()
+        phash = difference_hash(_upright_rgb(image)) if hashed else None
     except MemoryError:
         raise
     except Exception as error:
         raise _rejection(error, found) from error
-    return Facts(width, height, found, mode)
+    return Facts(width, height, found, mode, phash)
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = HARD_MAX_PIXELS) -> NDArray[np.uint8]:
@@ -71,8 +74,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = HARD_MAX_PIXELS) -> NDArray[np.
         check_pixels(*image.size, max_pixels)
         _check_mode(image.mode)
         image.load()
-        upright = _transpose(image)
-        return np.array(upright if upright.mode == "RGB" and "transparency" not in upright.info else _rgb(upright))
+        return np.array(_upright_rgb(image))
 
 
 def is_turned(data: bytes) -> bool:
@@ -128,6 +130,11 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 # --- Pixels ---
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    upright = _transpose(image)
+    return upright if upright.mode == "RGB" and "transparency" not in upright.info else _rgb(upright)
 
 
 def _transpose(image: Image.Image) -> Image.Image:
