@@ -13,8 +13,9 @@ other, each in a process of its own that adopts and waits for all its descendant
     ray             start a local Ray, run one empty task, stop it
     shardwriter     webdataset's ShardWriter (in an environment made as benchmarks/requirements.txt says)
     mdswriter       MosaicML's MDSWriter (likewise)
-    build-header    the whole build, with --check header
+    build-header    the whole build, with --check header, on two processes of this machine
     build-decode    the same with a full decode
+    build-header-ray    as the first, on a local Ray, its start and stop included
 
 A first, unmeasured pass over the files warms the page cache. It prints one line of JSON each, and a table in the end.
 """
@@ -137,14 +138,14 @@ def decode(directory: Path, dest: str) -> int:
 
 
 def start_ray(directory: Path, dest: str) -> int:
-    from pipeline.ingest.engine import Engine
+    from pipeline.ingest.engine import RayEngine
 
-    with Engine(workers=2) as engine:
+    with RayEngine(workers=2) as engine:
         list(engine.map(_nothing, [("nothing", ())]))
     return 1
 
 
-def _nothing(*_: object) -> Iterator[int]:
+def _nothing(*_: object, attempt: int) -> Iterator[int]:
     yield 1
 
 
@@ -168,11 +169,11 @@ def mdswriter(directory: Path, dest: str) -> int:
     return len(files)
 
 
-def build(check: str) -> Callable[[Path, str], int]:
+def build(check: str, address: str) -> Callable[[Path, str], int]:
     def run(directory: Path, dest: str) -> int:
         import pipeline
 
-        return pipeline.build(directory, f"{dest}/root", check=check, workers=2).num_images
+        return pipeline.build(directory, f"{dest}/root", check=check, workers=2, address=address).num_images
 
     return run
 
@@ -185,8 +186,9 @@ CASES: dict[str, Callable[[Path, str], int]] = {
     "ray": start_ray,
     "shardwriter": shardwriter,
     "mdswriter": mdswriter,
-    "build-header": build("header"),
-    "build-decode": build("decode"),
+    "build-header": build("header", "none"),
+    "build-decode": build("decode", "none"),
+    "build-header-ray": build("header", "local"),
 }
 
 
