@@ -352,27 +352,38 @@ def _problem(name: str, error: OSError | ValueError) -> Found:
 
 
 def _read_local(root: str, path: str, max_bytes: int) -> bytes:
-    with open_within(root, path) as file:
-        size = os.fstat(file.fileno()).st_size
+    """All of a file, by system calls alone: a file object would cost as much as the read."""
+    descriptor, size = _open_within(root, path)
+    try:
         if size > max_bytes:
             raise ImageRejected(Reason.TOO_LARGE, f"{size} bytes, the limit is {max_bytes}")
-        return file.read()
+        data = os.read(descriptor, size + 1)
+        while len(data) < size and (more := os.read(descriptor, size + 1 - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def open_within(root: str, path: str) -> BinaryIO:
     """A regular file that really lies at or below ``root``; ``ImageRejected`` for any other."""
+    return open(_open_within(root, path)[0], "rb")
+
+
+def _open_within(root: str, path: str) -> tuple[int, int]:
+    """Its descriptor, which is the caller's, and its size."""
     full = f"{root}/{path}" if path else root
     descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: opening a pipe must not hang
-    file = open(descriptor, "rb")  # noqa: SIM115 - the caller's
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ImageRejected(Reason.UNREADABLE, "not a regular file")
         if not _lies_within(_real_path(descriptor, full), root):
             raise ImageRejected(Reason.OUTSIDE_ROOT, "a link out of the source is not followed")
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor, status.st_size
 
 
 def _real_path(descriptor: int, full: str) -> str:

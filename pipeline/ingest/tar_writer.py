@@ -15,8 +15,8 @@ _FLUSH_BYTES = 1 << 20
 # Everything of a USTAR header that never varies: mode 0644, uid, gid, mtime 0, regular file, no owner names.
 _HEAD = b"0000644\0" + b"0000000\0" * 2
 _TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
-_FIXED_SUM = sum(_HEAD) + sum(_TAIL) + 8 * ord(" ")
 _MTIME = b"00000000000\0"
+_FIXED_SUM = sum(_HEAD) + sum(_MTIME) + sum(_TAIL) + 8 * ord(" ")
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -24,9 +24,9 @@ def tar_header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if len(encoded) > 100 or size >= 8**11:
         raise ValueError(f"a USTAR member has a name of at most 100 bytes and under 8 GiB: {name!r}, {size} bytes")
-    octal = b"%011o\0" % size
-    checksum = _FIXED_SUM + sum(encoded) + sum(octal) + sum(_MTIME)
-    return encoded.ljust(100, b"\0") + _HEAD + octal + _MTIME + b"%06o\0 " % checksum + _TAIL
+    octal = b"%011o" % size
+    checksum = _FIXED_SUM + sum(encoded) + sum(octal)
+    return b"%b%b%b\0%b%06o\0 %b" % (encoded.ljust(100, b"\0"), _HEAD, octal, _MTIME, checksum, _TAIL)
 
 
 class TarWriter:
