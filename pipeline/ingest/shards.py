@@ -11,9 +11,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -150,23 +151,30 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        with suppress(OSError):  # on a full disk it tries, and fails, once more; what failed first is told
+            self._stream.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, key: str, class_id: int, extension: str, data: bytes) -> int:
         """Append an image and its label; returns the offset of the image bytes."""
         label = b"%d" % class_id
-        if extension < "cls":
-            offset = self._tar.add(f"{key}.{extension}", data)
+        try:
+            if extension < "cls":
+                offset = self._tar.add(f"{key}.{extension}", data)
+                self._tar.add(f"{key}.cls", label)
+                return offset
             self._tar.add(f"{key}.cls", label)
-            return offset
-        self._tar.add(f"{key}.cls", label)
-        return self._tar.add(f"{key}.{extension}", data)
+            return self._tar.add(f"{key}.{extension}", data)
+        except OSError as error:  # a context manager around every image would cost more
+            self._explain(error)
 
     def finish(self, rows: pa.Table) -> tuple[FileRef | None, FileRef | None]:
         """Store both files under their hashes; (None, None) when there was no sample."""
-        digest = self._tar.close()
-        self._stream.close()
+        try:
+            digest = self._tar.close()
+            self._stream.close()
+        except OSError as error:
+            self._explain(error)
         if not rows.num_rows:
             return None, None
         self._store.put_file(tar_path(digest), self._path)
@@ -174,6 +182,10 @@ class ShardWriter:
         index_ref = FileRef(sha256=hashlib.sha256(index).hexdigest(), size=len(index), num_rows=rows.num_rows)
         self._store.put(index_path(index_ref.sha256), index)
         return FileRef(sha256=digest, size=self._tar.size, num_rows=rows.num_rows), index_ref
+
+    def _explain(self, error: OSError) -> NoReturn:
+        with self._store.explained("write", f"staging/{os.path.basename(self._folder)}/{os.path.basename(self._path)}"):
+            raise error
 
 
 def index_table(rows: list[tuple[Any, ...]]) -> pa.Table:

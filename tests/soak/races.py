@@ -21,7 +21,7 @@ from real_servers import s3
 from tiny_snapshot import write_snapshot
 
 import pipeline
-from pipeline.ingest.engine import Engine
+from pipeline.ingest.engine import RayEngine
 from pipeline.snapshot import newest_number
 from pipeline.store import Store
 from pipeline.verify import verify
@@ -58,7 +58,7 @@ def readers(num_rebuilds: int, folder: Path) -> bool:
             number += 1
         pipeline.build(source, root, shard_samples=16)
 
-    with Engine(address="local", workers=1):
+    with RayEngine(address="local", workers=1):
         rebuild()
         done = read_during(root, 8, [rebuild] * num_rebuilds, 4.0, folder)
     sound = verify(root).sound
