@@ -240,7 +240,7 @@ class _Blocks:
 def _parse(block: bytes) -> _Header | None:
     """None where the checksum or a number is wrong."""
     recorded = _number(block[148:156])
-    if recorded is None or recorded not in _sums(block):
+    if recorded is None or not _adds_up(block, recorded):
         return None
     size = _number(block[124:136])
     if size is None or size < 0 or size >= 1 << 63:
@@ -251,11 +251,12 @@ def _parse(block: bytes) -> _Header | None:
     return _Header(name.decode("utf-8", "surrogateescape"), size, block[156:157])
 
 
-def _sums(block: bytes) -> tuple[int, int]:
-    """As unsigned bytes, and as the signed ones that some old tars added up."""
-    rest = block[:148] + block[156:]
-    plain = sum(rest) + 8 * 0x20
-    return plain, plain - 256 * sum(byte >= 0x80 for byte in rest)
+def _adds_up(block: bytes, recorded: int) -> bool:
+    """As unsigned bytes, or as the signed ones that some old tars added up; the checksum's own bytes are spaces."""
+    plain = sum(block) - sum(block[148:156]) + 8 * 0x20
+    if recorded == plain:
+        return True
+    return recorded == plain - 256 * sum(byte >= 0x80 for byte in block[:148] + block[156:])
 
 
 def _number(field: bytes) -> int | None:
