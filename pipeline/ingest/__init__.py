@@ -1,8 +1,9 @@
 """Source -> snapshot. The building half; it never imports torch.
 
-In: a source (folder, table) and a build configuration. Out: immutable files below ROOT and one commit record.
+In: a source (folder, table, tars, Parquet) and a build configuration. Out: immutable files below ROOT and one commit record.
 
     source    entries -> references (one Arrow row each) and a reader
+    containers  tars and Parquet files -> samples in provisional tars, and their references
     splits    references -> train / val / test, duplicates and groups kept together
     shards    references -> deterministic tar + Arrow index, one pass over the bytes
     stats     per-class counts and bytes; merges associatively

@@ -34,6 +34,9 @@ from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, UNIT_FORMA
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
 
+TYPICAL_IMAGE_BYTES = 16 << 10
+"""For a guess at how much work a container is, before it is read."""
+
 _TELL_EVERY = 100
 
 

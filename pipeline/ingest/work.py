@@ -51,8 +51,12 @@ class Work:
         units: Iterator[Unit | Repack | ContainerUnit],
         rest: tuple[Any, ...],
         total: int,
+        expected: int = 0,
     ) -> list[UnitRecord]:
-        """Do ``function(root, unit, *rest)`` for every unit that is not done yet; ``total`` images in all."""
+        """Do ``function(root, unit, *rest)`` for every unit that is not done yet; ``total`` images in all.
+
+        Where the total is not known it is 0, and about so many are ``expected``.
+        """
         finished: dict[str, UnitRecord] = {}
         order: list[str] = []
         done = 0
@@ -70,7 +74,7 @@ class Work:
         waiting = pending()
         first = next(waiting, None)
         if first is not None:
-            engine = self._engine((total - done) // (COPIES_PER_READ if stage == "settle" else 1))
+            engine = self._engine((total - done or expected) // (COPIES_PER_READ if stage == "settle" else 1))
             self._notify(stage, done, total)
             for item in engine.map(function, chain([first], waiting)):
                 if isinstance(item, UnitRecord):
