@@ -1,6 +1,6 @@
 """Source -> snapshot. The building half; it never imports torch.
 
-In: a source (folder, table, tars, Parquet) and a build configuration. Out: immutable files below ROOT, one commit record.
+In: a source (folder, table, tars, Parquet) and a configuration. Out: immutable files below ROOT and one commit record.
 
     source    entries -> references (one Arrow row each) and a reader
     containers  tars and Parquet files -> samples in provisional tars, and their references
