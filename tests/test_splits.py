@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.ingest.splits import TRAIN, VAL, assign, find_duplicates, join_groups, straddlers
+from pipeline.ingest.splits import TEST, TRAIN, VAL, assign, find_duplicates, join_groups, straddlers
 from pipeline.schema import SPLIT_UNSET
 
 
@@ -103,3 +103,31 @@ def test_joined_groups_share_the_smallest_id() -> None:
 
 def keys_of(values: list[int]) -> np.ndarray:
     return np.array(values, np.uint64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_has_a_split_keeps_it_and_new_groups_fill_what_is_free(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    class_id = rng.integers(0, 12, 300).astype(np.int32)
+    group = keys(300, seed)
+    fixed = np.where(rng.random(300) < 0.6, rng.integers(0, 3, 300), SPLIT_UNSET).astype(np.int8)
+    split = assign(class_id, group, fixed, num_classes=12, seed=seed)
+    assert np.array_equal(split[fixed != SPLIT_UNSET], fixed[fixed != SPLIT_UNSET])
+    for number in range(12):
+        mine = class_id == number
+        quota = min(20, max(1, mine.sum() // 10))
+        for code in (VAL, TEST):
+            before, now = np.sum(fixed[mine] == code), np.sum(split[mine] == code)
+            assert now == before if before >= quota else before <= now <= quota
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_class_with_a_new_image_trains(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    class_id = rng.integers(0, 40, 120).astype(np.int32)
+    group = rng.integers(0, 90, 120).astype(np.uint64)  # some of several classes
+    held = rng.integers(0, 3, 90).astype(np.int8)
+    fixed = np.where(held == TRAIN, SPLIT_UNSET, held)[group.astype(int)].astype(np.int8)
+    split = assign(class_id, group, fixed, num_classes=40, seed=seed)
+    assert not straddlers(group, split).any()
+    assert set(class_id[fixed == SPLIT_UNSET]) <= set(class_id[split == TRAIN])
