@@ -63,7 +63,7 @@ def _kill_one(
     begun, asked, whole = len(plan.log), plan.gets("/shards/"), _whole(cache)
     victim = context.Process(target=read_all, args=(url, str(cache), 1 << 30))
     victim.start()
-    wait_for(lambda: plan.gets("/shards/") > asked or not victim.is_alive())
+    wait_for(lambda: plan.gets("/shards/") > asked or not victim.is_alive(), seconds=180)
     threading.Event().wait(rng.uniform(0, 3 * DELAY_S))
     alive = victim.is_alive()
     victim.kill()

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,11 @@ class Seeing(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(4, 6)
         self.seen: list[int] = []
+        self.scale = 1  # 255 where its images come divided by that
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.seen.append(round(images[0, 3, 0, 0].item()))
+            self.seen.append(round(images[0, 3, 0, 0].item() * self.scale))
         return self.linear(images.flatten(1).float() / 1000)
 
 
@@ -247,3 +250,34 @@ def test_fastai_learner_fits(snapshot: Snapshot) -> None:
         learner.fit(2)
     assert len(model.seen) == 5
     assert len(learner.recorder.values) == 2
+
+
+# ---- Two ranks
+
+
+@pytest.mark.parametrize("framework", ["plain", "lightning", "accelerate", "trainer", "fastai"])
+def test_two_ranks_see_the_slices_of_one_sequence(snapshot: Snapshot, tmp_path: Path, framework: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("interop_ranks.py")
+    environment = {
+        "PYTHONPYCACHEPREFIX": str(tmp_path.parent / "compiled"),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONDONTWRITEBYTECODE": "",  # as in test_torchrun
+    }
+    done = subprocess.run(
+        [*command, str(script), framework, snapshot.store.url, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["seen"] == ALL
+    assert second["seen"] == [position + GLOBAL_BATCH // 2 for position in ALL]
+    assert first["weight"] == second["weight"]

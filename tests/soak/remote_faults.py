@@ -3,7 +3,8 @@
 Builds a ROOT of photos-to-be, or of those in DIR, and reads balanced epochs of it from nginx and from moto's S3,
 through a proxy that breaks a tenth of all requests, with a cache of twice and of a quarter of the data. Then kills
 processes as they download. Prints what came, what it cost, and what proxy and server say of it; exit status 1 if
-something is off.
+something is off. Announced are attempts: a few of them never reach the proxy, on connections that it has cut; and the
+reads of snapshot records are announced, and left out of what was seen.
 """
 
 from __future__ import annotations
