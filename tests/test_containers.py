@@ -148,6 +148,8 @@ class TestRebuilds:
         """With rejects of every kind in kept and in changed containers."""
         bad = tar_of([("x/bad.jpg", "apple", b"no image"), ("x/cut.jpg", "fig", samples[0][2][:200])], json=b"{}")
         loose = tar_of([("x/none.txt", "apple", b"text")])
+        good = ("x/good.jpg", "apple", _another(samples, "apple"))
+        put(source, {"mixed.tar": tar_of([good, ("x/no.txt", "apple", b"text")])})  # kept, with what it refused
         put(source, {"bad.tar": bad, "loose.tar": loose, "cut.tar": tar_of(samples[:2])[:1500], "README.md": b"x"})
         build(source, tmp_path / "one")
         put(source, {"00000.tar": tar_of(samples[0:30:4][:-1]), "late.tar": tar_of(samples[:1])})

@@ -67,6 +67,10 @@ def test_a_sample_is_its_consecutive_members_and_the_label_its_cls() -> None:
     assert not refused(items)
 
 
+def test_extensions_are_one_in_either_case() -> None:
+    assert offered(samples(make_tar(("a.JPG", b"A"), ("a.CLS", b"1")))) == {"t.tar/a.JPG": ("1", b"A")}
+
+
 NAMES = ["a.jpg", "a.seg.png", "a.JPG", "d.x/a.jpg", "d/a.b.cls", "./a.jpg", "a/.b.jpg", ".b.jpg", "a", "d.x/a", "a..b"]
 
 
