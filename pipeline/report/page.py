@@ -59,6 +59,9 @@ _MEANING = {
     Reason.DUPLICATE_OF: "the same bytes as an image that is in",
     Reason.LABEL_CONFLICT: "the same bytes under two labels: all copies are out",
     Reason.LEAK: "belongs with images of an earlier split",
+    Reason.NO_IMAGE: "a sample without the bytes of an image",
+    Reason.AMBIGUOUS: "a sample with several images, none of them chosen",
+    Reason.DAMAGED: "the file that holds it cannot be read there",
     Reason.DECODER_CRASH: "the decoder dies of it",
 }
 
