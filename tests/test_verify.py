@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.cli import run
 from pipeline.cli.checks import verify as verify_command
 from pipeline.errors import NotFoundError, UsageError
 from pipeline.ingest.manifests import add_manifest
+from pipeline.ingest.pins import pin
 from pipeline.ingest.shards import shard_hash
 from pipeline.plan import manifest as manifests
 from pipeline.plan.epoch import Draws, EpochFunction
@@ -32,7 +35,7 @@ from pipeline.store import make_ref, put_table, table_to_ipc
 from pipeline.verify import Code, verify
 from pipeline.verify.findings import SHOWN, Findings
 from pipeline.verify.rows import Rows, check_groups, check_once, check_rejects, collect
-from pipeline.verify.tars import check_tar
+from pipeline.verify.tars import check_part, check_tar
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -507,19 +510,139 @@ def test_a_rejected_row_of_a_table_may_name_an_image_that_another_row_brought(bu
 # ---- how much is looked at
 
 
-def test_a_share_of_tars_is_read_and_a_smaller_share_is_part_of_it(built: Path) -> None:
-    counts = [verify(built, sample=share).num_images for share in (0.0, 0.3, 0.6, 1.0)]
-    assert counts == sorted(counts)
-    assert counts[0] == 0 < counts[1] < counts[2] < counts[3]
+def images_read(root: Path, share: float, seed: int) -> Counter[str]:
+    """The key of every image that a sampled verification reads, by listening to what is compared."""
+    read: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def listen(data: bytes, index: pa.Table, *rest: Any, **options: Any) -> int:
+            read.update(index["key"].to_pylist())
+            return check_part(data, index, *rest, **options)
+
+        patch.setattr("pipeline.verify.prove.check_part", listen)
+        found = verify(root, sample=share, seed=seed)
+    assert found.sound, found.findings
+    assert found.num_images == read.total()
+    return read
 
 
-def test_a_tar_that_is_not_read_still_has_its_size(root: Path) -> None:
+@pytest.mark.parametrize(("share", "nights"), [(0.05, 20), (0.3, 4), (0.5, 2), (0.07, 15)])
+def test_seeds_in_a_row_read_every_image(built: Path, share: float, nights: int) -> None:
+    assert verify(built, sample=share).num_seeds == nights
+    read = [images_read(built, share, seed) for seed in range(9_000, 9_000 + nights)]
+    everything = sum(read, Counter[str]())
+    assert len(everything) == open_snapshot(built).record.num_images
+    if share * nights == 1:
+        assert set(everything.values()) == {1}
+        assert max(night.total() for night in read) < 4 * share * everything.total()
+    assert images_read(built, share, 9_000) == read[0]
+
+
+def test_a_sample_reads_a_part_of_every_tar(built: Path) -> None:
+    """Every tar of at least 1/F images of like size, every night; what is read is told in bytes."""
+    sizes = open_snapshot(built).shards["num_samples"].to_pylist()
+    assert min(sizes) > 3
+    for seed in range(3):
+        read = images_read(built, 0.5, seed)
+        for shard in range(len(sizes)):
+            assert read.keys() & set(open_snapshot(built).index(shard)["key"].to_pylist())
+        found = verify(built, sample=0.5, seed=seed)
+        assert found.tar_bytes == sum(open_snapshot(built).shards["tar_size"].to_pylist())
+        assert 0.2 < found.tar_bytes_read / found.tar_bytes < 0.8
+
+
+def test_a_flip_anywhere_is_found_on_exactly_one_of_the_nights(root: Path) -> None:
+    """Images, labels, headers, padding and the end: the windows of two seeds are the whole tar."""
+    path = root / files_of(root)["tar"]
+    data = path.read_bytes()
+    rng = np.random.default_rng(4)
+    places = [*rng.integers(0, len(data), 12).tolist(), 1_000, len(data) - 1, len(data) - 1_024]
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert sum(not verify(root, sample=0.5, seed=seed).sound for seed in (6, 7)) == 1, place
+
+
+def test_the_default_seed_is_the_day(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.verify.prove.time.time", lambda: 86_400 * 20_000 + 5.0)
+    assert verify(built, sample=0.1).seed == 20_000
+
+
+def test_images_that_are_not_read_still_have_their_places(root: Path) -> None:
     path = files_of(root)["tar"]
     data = (root / path).read_bytes()
     (root / path).write_bytes(bytes(len(data)))
     assert codes(root, sample=0.0) == set()
+    assert codes(root, sample=0.5, seed=1) == {Code.TAR}
     (root / path).write_bytes(data[:-1])
     assert codes(root, sample=0.0) == {Code.DAMAGED}
+    (root / path).write_bytes(data)
+    edit_shard(root, index=lambda table: set_row(table, 2, offset=1024))
+    assert codes(root, sample=0.0) == {Code.TAR, Code.SAMPLES}
+
+
+def test_a_tar_that_is_longer_than_its_images(root: Path) -> None:
+    edit_shard(root, tar=lambda data: data + bytes(512))
+    assert codes(root, sample=0.0) == {Code.TAR}
+
+
+def test_the_command_tells_what_a_sample_read(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verify_command, [str(built), "--quiet", "--sample", "0.25", "--seed", "3"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"sample 0.25, seed 3: [0-9.]+ % of the .* in tars were read again, 4 seeds in a row", told)
+    assert run(verify_command, [str(built), "--quiet", "--sample", "0"]) == 0
+    assert "no image was read" in capsys.readouterr().out
+
+
+# ---- pins
+
+
+def test_pins_that_keep_what_they_mean(root: Path) -> None:
+    pin(str(root), "paper", 1)
+    pin(str(root), "newest")
+    assert verify(root).sound
+
+
+def no_json(root: Path) -> None:
+    (root / "pins/paper.json").write_bytes(b"{")
+
+
+def of_another_snapshot(root: Path) -> None:
+    body = json.loads((root / "pins/paper.json").read_text())
+    (root / "pins/paper.json").write_text(json.dumps({**body, "snapshot": 2}))
+
+
+def of_no_snapshot(root: Path) -> None:
+    body = json.loads((root / "pins/paper.json").read_text())
+    (root / "pins/paper.json").write_text(json.dumps({**body, "snapshot": 7}))
+
+
+def collected(root: Path) -> None:
+    (root / "runs/collected").mkdir()
+    (root / schema.collected_path(1)).write_bytes(b"{}")
+
+
+def damaged(root: Path) -> None:
+    path = root / schema.manifest_path(open_snapshot(root, 1).record.manifests["balanced"].sha256)
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("harm", [no_json, of_another_snapshot, of_no_snapshot, collected, damaged])
+@pytest.mark.parametrize("sample", [0.0, 1.0])
+def test_a_pin_that_does_not_keep_what_it_means(root: Path, harm: Callable[[Path], None], sample: float) -> None:
+    pin(str(root), "paper", 1)
+    republish(root, manifests={})  # so that damage to the pinned snapshot is damage to it alone
+    harm(root)
+    found = verify(root, sample=sample).findings
+    assert [(finding.code, finding.file) for finding in found] == [(Code.PIN, "pins/paper.json")]
+
+
+def test_a_pinned_snapshot_that_lost_a_file(root: Path) -> None:
+    pin(str(root), "paper", 1)
+    old = schema.table_path(open_snapshot(root).record.samples["train"].sha256)
+    edit_samples(root, lambda table: set_row(table, 0, checksum=1))
+    assert codes(root) == {Code.SAMPLES}
+    (root / old).unlink()
+    assert (Code.MISSING, old) in {(finding.code, finding.file) for finding in verify(root).findings}
 
 
 def test_an_older_snapshot_can_be_proved(root: Path) -> None:

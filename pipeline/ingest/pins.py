@@ -59,12 +59,17 @@ def unpin(root: str | Store, name: str) -> Pin:
     """Remove the pin ``name``: what it kept goes with the next collection, unless something else keeps it."""
     _check_name(name)
     store = root if isinstance(root, Store) else Store.open(root)
-    pins = [path.removeprefix("pins/").removesuffix(".json") for path in store.list("pins")]
+    pins = pin_names(store)
     if name not in pins:
         raise NotFoundError(f"there is no pin {name!r} in {store.url}; pins: {', '.join(pins) or 'none'}")
     removed = read_pin(store, name)
     store.remove(pin_path(name))
     return removed
+
+
+def pin_names(store: Store) -> list[str]:
+    """The names of all pins, whether they can be read or not, sorted."""
+    return [path.removeprefix("pins/").removesuffix(".json") for path in store.list("pins")]
 
 
 def read_pins(store: Store) -> dict[str, Pin]:

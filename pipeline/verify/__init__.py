@@ -8,10 +8,12 @@ being looked at is a finding too, so silence means proof; nothing is written; ta
 Inside, in this order:
     findings.py    ``Finding``, ``Verification``, and their collector
     files.py       files by reference: there, whole, unchanged
+    sample.py      which images are re-read, where not all are
     tars.py        one tar against its index, member by member
     rows.py        all indexes together: every image once, groups whole, shards where the trie puts them
     tables.py      class, reject and sample tables against the indexes
     manifests.py   manifests against counts and policy; E1 on an epoch
+    pins.py        pins: readable, and what they keep is there
     prove.py       ``verify``: the above, in order
 """
 

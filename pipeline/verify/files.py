@@ -56,16 +56,31 @@ class Files:
         self.num_bytes += len(data)
         return data
 
-    def expect(self, path: str, size: int) -> None:
-        """The file is there and has this size; its bytes are not read."""
+    def read_part(self, path: str, start: int, stop: int) -> bytes | None:
+        """The bytes from ``start`` to ``stop`` of ``path``, whatever they are."""
+        try:
+            data = self._store.read_range(path, start, stop - start)
+        except EvenshardError as error:
+            self._report(path, error)
+            return None
+        self.num_bytes += len(data)
+        return data
+
+    def expect(self, path: str, size: int) -> bool:
+        """Whether the file is there and has this size; its bytes are not read."""
         self._seen.add(path)
         try:
             found = self._store.size(path)
         except EvenshardError as error:
             self._report(path, error)
-            return
+            return False
         if found != size:
             self._findings.add(Code.DAMAGED, path, f"expected {size:,} bytes, found {found:,}; {RESTORE}")
+        return found == size
+
+    def was_seen(self, path: str) -> bool:
+        """Whether this file was looked at already."""
+        return path in self._seen
 
     def table(self, ref: FileRef, schema: pa.Schema, path: str = "") -> pa.Table | None:
         """The table that ``ref`` names, in tables/ unless ``path`` says otherwise."""

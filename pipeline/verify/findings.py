@@ -31,6 +31,7 @@ class Code(StrEnum):
     SAMPLES = "samples"  # a sample row does not lead to its image, or the order is another
     MANIFEST = "manifest"  # a manifest contradicts itself, the counts or its policy
     EPOCH = "epoch"  # an epoch does not hold every class as often as its target says
+    PIN = "pin"  # a pin cannot be read, or does not keep the snapshot that it means
     UNPROVED = "unproved"  # other damage keeps this from being looked at
 
 
@@ -57,7 +58,16 @@ class Verification:
     num_images: int
     """Images whose bytes were read and compared."""
     num_bytes: int
+    sample: float
+    seed: int
+    """Which part of each tar ``sample`` meant."""
+    num_seeds: int
+    """So many seeds in a row read every image; 0: no image is read at all."""
+    tar_bytes: int
+    tar_bytes_read: int
     elapsed_s: float
+    notes: tuple[str, ...] = ()
+    """What could not be looked at, and is no fault of the snapshot."""
 
     @property
     def sound(self) -> bool:

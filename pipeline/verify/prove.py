@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from pipeline.errors import EvenshardError, IntegrityError, NotFoundError, UsageError
-from pipeline.keyed import text_key
+from pipeline.errors import EvenshardError, IntegrityError, NotFoundError
 from pipeline.schema import (
     CLASSES,
     DEPARTED,
@@ -32,7 +31,9 @@ from pipeline.verify import tables
 from pipeline.verify.files import RESTORE, Files
 from pipeline.verify.findings import Code, Findings, Verification
 from pipeline.verify.manifests import check_manifest
-from pipeline.verify.tars import check_tar
+from pipeline.verify.pins import check_pins
+from pipeline.verify.sample import Sample
+from pipeline.verify.tars import check_layout, check_part, check_tar, row_starts
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, images done, images in all) after every shard."""
@@ -43,20 +44,23 @@ def verify(
     at: int | None = None,
     sample: float = 1.0,
     *,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Prove snapshot ``at`` (the newest by default) of ``root``. ``sample``: the share of tars that are re-read.
+    """Prove snapshot ``at`` (the newest by default) of ``root``, and that its pins keep what they mean.
 
-    Which tars those are follows from their names, so a smaller share is part of a larger one. Everything else is always
-    looked at. Errors: ``UsageError`` for a wrong call, ``NotFoundError`` where there is no such snapshot; whatever else
-    is wrong is a finding.
+    ``sample``: the share of every tar that is read; records, tables, indexes and manifests always are, and the size of
+    every tar is asked. Which share follows from ``seed`` and the tars' names: n = 1/sample seeds in a row read all of
+    them. By default the seed is the number of the day (UTC, since 1970), so that a nightly run reads all in n nights.
+
+    Errors: ``UsageError`` for a wrong call, ``NotFoundError`` where there is no such snapshot; whatever else is wrong
+    is a finding.
     """
     started_s = time.monotonic()
-    if not 0 <= sample <= 1:
-        raise UsageError(f"sample is a share of the tars, from 0 to 1, not {sample}")
+    chosen = Sample(sample, _today() if seed is None else seed)
     store = root if isinstance(root, Store) else Store.open(root)
     number = _number(store, at)
-    proof = _Proof(store, number, sample, progress or (lambda stage, done, total: None))
+    proof = _Proof(store, number, chosen, progress or (lambda stage, done, total: None))
     proof.run()
     return Verification(
         root=store.url,
@@ -65,8 +69,18 @@ def verify(
         num_files=proof.files.num_files,
         num_images=proof.num_images,
         num_bytes=proof.files.num_bytes,
+        sample=chosen.share,
+        seed=chosen.seed,
+        num_seeds=chosen.num_seeds,
+        tar_bytes=proof.tar_bytes,
+        tar_bytes_read=proof.tar_bytes_read,
         elapsed_s=time.monotonic() - started_s,
+        notes=proof.notes,
     )
+
+
+def _today() -> int:
+    return int(time.time() // 86_400)
 
 
 def _number(store: Store, at: int | None) -> int:
@@ -79,15 +93,19 @@ def _number(store: Store, at: int | None) -> int:
 
 
 class _Proof:
-    def __init__(self, store: Store, number: int, sample: float, progress: Progress) -> None:
+    def __init__(self, store: Store, number: int, sample: Sample, progress: Progress) -> None:
         self.findings = Findings()
         self.files = Files(store, self.findings)
-        self.num_images = 0
-        self._store, self._number, self._progress = store, number, progress
+        self.num_images = self.tar_bytes = self.tar_bytes_read = 0
+        self.notes: tuple[str, ...] = ()
+        self._store, self._number, self._sample, self._progress = store, number, sample, progress
         self._path = snapshot_path(number)
-        self._limit = int(sample * 2**64)
 
     def run(self) -> None:
+        self._snapshot()
+        self.notes += check_pins(self._store, self.files, self.findings)
+
+    def _snapshot(self) -> None:
         record = self._record()
         if record is None:
             self._unproved("nothing that this snapshot names could be looked at: its record cannot be used")
@@ -175,15 +193,29 @@ class _Proof:
         return index if usable else None
 
     def _tar(self, path: str, sha256: str, size: int, index: pa.Table | None) -> None:
-        if text_key(sha256) >= self._limit:
-            self.files.expect(path, size)
+        self.tar_bytes += size
+        if self._sample.share < 1:
+            if self.files.expect(path, size) and index is not None and check_layout(index, size, path, self.findings):
+                self._parts(path, sha256, size, index)
             return
         data = self.files.read_any(path)
         if data is None:
             return
+        self.tar_bytes_read += len(data)
         self.files.is_same(path, data, sha256, size)
         if index is not None:  # also where the tar is damaged: this finds the images that are
             self.num_images += check_tar(data, index, path, self.findings)
+
+    def _parts(self, path: str, sha256: str, size: int, index: pa.Table) -> None:
+        starts = row_starts(index)
+        for first, stop in self._sample.runs(sha256, starts):
+            start, is_last = int(starts[first]), stop == index.num_rows
+            data = self.files.read_part(path, start, size if is_last else int(starts[stop]))
+            if data is None:
+                continue
+            self.tar_bytes_read += len(data)
+            rows = index.slice(first, stop - first)
+            self.num_images += check_part(data, rows, path, self.findings, start=start, is_last=is_last)
 
     def _reopen(self, path: str) -> pa.Table | None:
         try:

@@ -8,8 +8,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
 from pipeline.images import HARD_MAX_PIXELS, ImageRejected, Limits, inspect
 from pipeline.verify.files import RESTORE
@@ -17,6 +19,7 @@ from pipeline.verify.findings import Code, Findings
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
+_ROW_BLOCKS = 3  # of a row without its image: two headers and the label, a number
 _LIMITS = Limits(max_pixels=HARD_MAX_PIXELS, max_bytes=1 << 40)
 _FIXED = {"type": tarfile.REGTYPE, "mode": 0o644, "uid": 0, "gid": 0, "mtime": 0, "uname": "", "gname": ""}
 
@@ -26,29 +29,69 @@ Problem = tuple[Code, str]
 
 def check_tar(data: bytes, index: pa.Table, path: str, findings: Findings) -> int:
     """Compare a whole tar with its index; returns how many images were compared."""
+    return check_part(data, index, path, findings, start=0, is_last=True)
+
+
+def check_part(data: bytes, index: pa.Table, path: str, findings: Findings, *, start: int, is_last: bool) -> int:
+    """Compare what a tar holds from ``start`` on with the rows that lie there; returns how many images were compared.
+
+    ``is_last``: the last row of the tar is among them, and its end follows.
+    """
     rows: list[Row] = index.to_pylist()
-    members = _members(data, path, findings)
+    members = _members(data, path, findings, end=_END if is_last else b"")
     if members is None or not _same_names(members, rows, path, findings):
         return 0
     by_name = {member.name: member for member in members}
     for row in rows:
         image, label = by_name[_image_name(row)], by_name[_label_name(row)]
-        problems = (*_member_problems(image), *_member_problems(label), *_row_problems(data, row, image, label))
+        problems = (*_member_problems(image), *_member_problems(label), *_row_problems(data, row, image, label, start))
         for code, detail in problems:
             findings.add(code, path, f"{row['key']} ({row['path']!r}): {detail}; {RESTORE}")
     return len(rows)
 
 
-def _members(data: bytes, path: str, findings: Findings) -> list[tarfile.TarInfo] | None:
+def row_starts(index: pa.Table) -> NDArray[np.int64]:
+    """Where the first header of each row must lie, and where the last row ends, by sizes alone; int64 [rows + 1]."""
+    blocks = -(-index["size"].to_numpy().astype(np.int64) // _BLOCK)
+    return np.concatenate([[0], np.cumsum((blocks + _ROW_BLOCKS) * _BLOCK)])
+
+
+def check_layout(index: pa.Table, size: int, path: str, findings: Findings) -> bool:
+    """Whether offsets and the size of the tar are those that the sizes of its images give; no byte of it is read."""
+    starts = row_starts(index)
+    offset, keys = index["offset"].to_numpy().astype(np.int64), index["key"]
+    before = np.where(
+        index["format"].to_numpy() < "cls", 1, _ROW_BLOCKS
+    )  # of two members the first is the smaller name
+    wrong = offset != starts[:-1] + before * _BLOCK
+    findings.add_rows(
+        Code.TAR,
+        path,
+        wrong,
+        lambda i: (
+            f"{keys[i]}: its index says offset {offset[i]}, the sizes of the images before it give "
+            f"{starts[i] + before[i] * _BLOCK}; {RESTORE}"
+        ),
+    )
+    if starts[-1] + len(_END) != size:
+        told = f"expected {starts[-1] + len(_END):,} bytes by the sizes in its index, the shard table says {size:,}"
+        findings.add(Code.TAR, path, f"{told}; {RESTORE}")
+        return False
+    return not wrong.any()
+
+
+def _members(data: bytes, path: str, findings: Findings, *, end: bytes) -> list[tarfile.TarInfo] | None:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = tar.getmembers()
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
         findings.add(Code.TAR, path, f"cannot be read as a tar: {error}; {RESTORE}")
         return None
-    end = max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in members), default=0)
-    if data[end:] != _END:
-        told = f"expected 1,024 zero bytes after the last member and nothing more, found {len(data) - end:,} bytes"
+    last = max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in members), default=0)
+    if data[last:] != end:
+        told = (
+            f"expected {len(end):,} zero bytes after the last member and nothing more, found {len(data) - last:,} bytes"
+        )
         findings.add(Code.TAR, path, f"{told}; {RESTORE}")
     return members
 
@@ -88,13 +131,19 @@ def _member_problems(member: tarfile.TarInfo) -> Iterator[Problem]:
         yield Code.TAR, f"{member.name}: expected a plain USTAR header, found an extended one"
 
 
-def _row_problems(data: bytes, row: Row, image: tarfile.TarInfo, label: tarfile.TarInfo) -> Iterator[Problem]:
-    if (image.offset_data, image.size) != (row["offset"], row["size"]):
+def _row_problems(
+    data: bytes, row: Row, image: tarfile.TarInfo, label: tarfile.TarInfo, start: int
+) -> Iterator[Problem]:
+    if (start + image.offset_data, image.size) != (row["offset"], row["size"]):
         yield (
             Code.TAR,
             f"its index says {row['size']} bytes at offset {row['offset']}, "
-            f"the tar has {image.size} at {image.offset_data}",
+            f"the tar has {image.size} at {start + image.offset_data}",
         )
+    for member in (image, label):
+        end = member.offset_data + member.size
+        if any(data[end : end + -member.size % _BLOCK]):
+            yield Code.TAR, f"{member.name}: expected zero bytes up to the next block, found others"
     text = data[label.offset_data : label.offset_data + label.size]
     if text != b"%d" % row["class_id"]:
         yield Code.LABEL, f"expected class {row['class_id']} in {label.name}, found {text[:20]!r}"
