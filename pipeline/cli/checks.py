@@ -70,8 +70,18 @@ def _share(found: Verification) -> str:
 @click.argument("root")
 @click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option("--out", metavar="FILE", help="Write the page to this file instead of below ROOT.")
-def report(root: str, at: int | None, out: str | None) -> None:
-    """Write one self-contained HTML page about a snapshot: imbalance, manifests, classes, rejects."""
+@click.option(
+    "--source", metavar="PLACE", help="Where the images came from (the folder of their paths): shows label conflicts."
+)
+def report(root: str, at: int | None, out: str | None, source: str | None) -> None:
+    """Write one self-contained HTML page about a snapshot: imbalance, manifests, classes, pictures, rejects, advice.
+
+    Every build writes it too. What is rejected lies in no shard: give --source to see it.
+    """
+    from pipeline.images import Limits
+    from pipeline.ingest.source import SourceReader
+    from pipeline.ingest.source_files import open_place
     from pipeline.report import write_report
 
-    click.echo(f"wrote {show.safe(write_report(root, at=at, out=out))}")
+    originals = None if source is None else SourceReader(open_place(source), Limits.max_bytes).read
+    click.echo(f"wrote {show.safe(write_report(root, at=at, out=out, originals=originals))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -87,12 +88,22 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
     """
     from pipeline.config import load_config, make_config
     from pipeline.ingest.run import run_build
+    from pipeline.report import write_build_report
 
     given = {name: value for name, value in flags.items() if value not in (None, (), {})}
     config = make_config(load_config(config_file) if config_file else {}, **given)
     with Reporter(quiet=quiet) as progress:
         summary = run_build(config, progress=progress)
-    click.echo(json.dumps(_plain(summary), sort_keys=True) if as_json else show.build_summary(summary, config.root))
+        progress("report", 0, 0)
+        page, problem = write_build_report(config, summary)
+    if problem:
+        summary = replace(summary, notices=(*summary.notices, problem))
+    if as_json:
+        click.echo(json.dumps({**_plain(summary), "report": page}, sort_keys=True))
+        return
+    click.echo(show.build_summary(summary, config.root))
+    if page:
+        click.echo(f"page       {show.safe(page)}")
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ _VERBS = {
     "settle": "settling duplicates and splits",
     "tables": "writing tables and manifests",
     "commit": "publishing",
+    "report": "writing the page",
     "export": "writing tars",
     "draw": "drawing images",
     "look": "looking at files",

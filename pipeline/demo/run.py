@@ -21,10 +21,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.config import make_config
 from pipeline.demo.draw import PhotoPlan, draw_photos, plan_photos
 from pipeline.errors import EvenshardError, MissingExtraError
-from pipeline.ingest.run import BuildSummary, build
+from pipeline.ingest.run import BuildSummary, run_build
 from pipeline.learn.metrics import balanced_accuracy, group_accuracy, per_class_recall, shot_groups
+from pipeline.report import write_build_report
 from pipeline.snapshot import Manifest, Snapshot, open_snapshot
 
 if TYPE_CHECKING:
@@ -143,10 +145,13 @@ def _build(plan: PhotoPlan, place: Path, echo: Echo) -> Snapshot:
     echo(f"\n[2/4] Building {root}: every photo read once, checked, packed into tars; Ray starts first")
     echo(f"      the same as: evenshard build {shlex.quote(str(source))} {shlex.quote(str(root))} --split-from top")
     say = _every_few_seconds(echo, "packed")
-    summary = build(source, root, split_from="top", progress=lambda stage, done, total: say(done, total))
+    config = make_config({}, source=str(source), root=str(root), split_from="top")
+    summary = run_build(config, progress=lambda stage, done, total: say(done, total))
     snapshot = open_snapshot(root)
     check_nothing_lost(plan, snapshot.classes, snapshot.rejects)
     _tell_build(summary, snapshot, echo)
+    page, problem = write_build_report(config, summary)
+    echo(f"      {problem or f'all of it on one page: {page}'}")
     return snapshot
 
 

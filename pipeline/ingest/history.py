@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,6 +33,8 @@ class Run:
     source: str
     elapsed_s: float
     num_read: int
+    command: str = ""  # that asks for the same build; '' in logs of older versions
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,12 @@ def _pins(store: Store) -> dict[int, list[str]]:
     return pins
 
 
+def run_of(store: Store, number: int) -> Run | None:
+    """The run that published snapshot ``number``, where its log is there."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return _runs(store, pool).get(number)
+
+
 def _runs(store: Store, pool: ThreadPoolExecutor) -> dict[int, Run]:
     """The run that published each snapshot. These logs are notes: one that cannot be read is passed over."""
     paths = store.list(_RUNS)
@@ -183,8 +191,16 @@ def _runs(store: Store, pool: ThreadPoolExecutor) -> dict[int, Run]:
                 source=str(body.get("source", "")),
                 elapsed_s=float(body.get("elapsed_s", 0)),
                 num_read=int(body.get("num_read", 0)),
+                command=str(body.get("command", "")),
+                versions=_versions(body),
             )
     return runs
+
+
+def _versions(body: Mapping[str, Any]) -> dict[str, str]:
+    told: Any = body.get("versions")
+    named = {str(name): str(value) for name, value in told.items() if value} if isinstance(told, dict) else {}
+    return {"python": str(body["python"])} | named if body.get("python") else named
 
 
 def _read_run(store: Store, path: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from pipeline.ingest.source_rows import Rows
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
 from pipeline.schema import REFERENCES
 
-__all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "twins"]
+__all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "open_originals", "twins"]
 
 NUM_EXAMPLES = 5
 _COLUMNS = ("label_column", "split_column", "group_column")
@@ -91,6 +91,16 @@ def list_source(config: BuildConfig) -> Listing:
         notices=notices + twins(settled.class_names),
         splits_given=splits_given,
     )
+
+
+def open_originals(config: BuildConfig) -> SourceReader | None:
+    """What reads the files of ``config.source`` by the paths of its rows; None where they lie in containers."""
+    source = open_place(config.source)
+    kind = _kind(config, source, _storage_kind(source))
+    if kind == "containers":
+        return None
+    images = source if kind == "folder" else _images_of(config, source)
+    return SourceReader(images, config.max_image_bytes)
 
 
 def _storage_kind(source: Place) -> str:
@@ -205,7 +215,7 @@ def _list_table(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, 
             f"--split-from {config.split_from} is for folders; for the table {source.shown} use `--split-column NAME`"
         )
     _check_one_split(config)
-    images = source.parent if config.images is None else open_place(config.images)
+    images = _images_of(config, source)
     if images.is_local and kind_of(images) != "folder":
         raise SourceError(f"--images {images.shown} is not a folder")
     columns = Columns(
@@ -219,6 +229,10 @@ def _list_table(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, 
     listing = TableListing(source, images, rows, columns, also=os.path.abspath(spelled) if images.is_local else "")
     notices = listing.run()
     return images, notices, listing.has_splits
+
+
+def _images_of(config: BuildConfig, table: Place) -> Place:
+    return table.parent if config.images is None else open_place(config.images)
 
 
 def _check_one_split(config: BuildConfig) -> None:

@@ -11,15 +11,18 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from pipeline.config import BuildConfig
 from pipeline.errors import StoreError
 from pipeline.ingest.stats import Description, describe
 from pipeline.ingest.units import UnitRecord
+from pipeline.plan.policy import parse
 from pipeline.schema import SPLITS
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store, redact
@@ -98,12 +101,32 @@ def _log(store: Store, config: BuildConfig, summary: BuildSummary, started_s: fl
         "snapshot": summary.number,
         "changed": summary.changed,
         "num_read": summary.num_read,
+        "command": equal_command(config),
         "config": config.meaning(),
         "versions": {name: _version(name) for name in ("evenshard", "ray", "pyarrow", "pillow", "numpy", "fsspec")},
         "python": platform.python_version(),
     }
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(started_s))
     store.create(f"runs/builds/{stamp}-{os.urandom(4).hex()}.json", json.dumps(body, indent=1, sort_keys=True).encode())
+
+
+def equal_command(config: BuildConfig) -> str:
+    """The command line that asks for the same build, whichever way this one was asked for; without credentials."""
+    words = ["evenshard", "build", redact(config.source), redact(config.root)]
+    for name, field in BuildConfig.model_fields.items():
+        value = getattr(config, name)
+        if name not in ("source", "root") and value != field.get_default(call_default_factory=True):
+            flag = "--" + ("manifest" if name == "manifests" else name.replace("_", "-"))
+            words += [word for text in _spellings(name, value) for word in (flag, text)]
+    return shlex.join(words)
+
+
+def _spellings(name: str, value: Any) -> list[str]:
+    if name == "manifests":
+        return [f"{key}={parse(policy)}" for key, policy in value.items()]
+    if isinstance(value, tuple):
+        return list(value)
+    return [redact(value) if isinstance(value, str) else str(value)]
 
 
 def _version(name: str) -> str | None:

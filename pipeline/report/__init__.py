@@ -6,12 +6,20 @@ from the source are text in it and nothing else, invisible and direction-changin
 are pixels that this room encoded anew; equal snapshots give equal pages.
 
 Inside, in this order:
-    chart.py       counts and targets -> the lines of the class curve
-    pictures.py    image bytes -> a thumbnail
-    page.py        a snapshot -> what the page shows, and ``write_report``
+    words.py       names as text that reads as it is; counts and sizes for people
+    numbers.py     classes, groups, splits, manifests; what can be evaluated
+    survey.py      one look at the indexes: sizes, formats, related images
+    chart.py       counts and targets -> curves
+    pictures.py    verified bytes -> a thumbnail
+    refused.py     rejects by reason; copies and label conflicts
+    changes.py     the difference to the snapshot before
+    advice.py      what to do next, and the number that says so
+    page.py        all of it -> ``write_report``
+    built.py       the page of a build
     page.html, page.css, page.js
 """
 
+from pipeline.report.built import write_build_report
 from pipeline.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_build_report", "write_report"]

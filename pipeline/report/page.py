@@ -6,70 +6,69 @@ import base64
 import hashlib
 import json
 import os
-import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from pipeline.errors import IntegrityError, NotFoundError, UsageError
-from pipeline.images import ImageRejected
+from pipeline.errors import EvenshardError, UsageError
+from pipeline.ingest.history import run_of
 from pipeline.ingest.stats import describe
-from pipeline.report.chart import class_curve
-from pipeline.report.pictures import thumbnail
+from pipeline.report import words
+from pipeline.report.advice import Facts, what_next
+from pipeline.report.changes import NUM_DRIFTS, Since, since_the_one_before
+from pipeline.report.chart import NARROW, WIDE, class_curve, lorenz
+from pipeline.report.numbers import (
+    GROUPS,
+    Classes,
+    Draws,
+    coverage,
+    group_rows,
+    headline,
+    seven_digits,
+    split_rows,
+)
+from pipeline.report.pictures import Originals, Pictures
+from pipeline.report.refused import Copies, reason_counts, reason_groups, spread
+from pipeline.report.survey import Place, Survey, survey
 from pipeline.schema import SPLITS, Reason, report_path
-from pipeline.snapshot import Manifest, Snapshot, open_snapshot
+from pipeline.snapshot import Snapshot, open_snapshot
 from pipeline.store import Store
 
-NUM_RAREST = 24
-NUM_EXAMPLES = 5
-FIXED_COLUMNS = ("class", "images", *SPLITS, "bytes")
+NUM_TILES = 24
+NUM_REPEATED = 16
+"""Tiles of each manifest that repeats ..."""
+NUM_SHEETS = 4
+"""... and of how many of them, those that repeat most."""
+
 MAX_LISTED = 20_000
-"""Classes in the page's own table: some 2 MB. Beyond, the rarest are left to `evenshard stats`."""
+"""Classes in the page's own table. Beyond, the rarest are left to `evenshard stats`."""
+
+MAX_DATA_BYTES = 8_000_000
+"""What that table may weigh."""
 
 IntArray = NDArray[np.int64]
-
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"  # part of the spelling in many scripts, and of emoji
-
-_MEANING = {
-    Reason.EMPTY: "the file has no bytes",
-    Reason.TRUNCATED: "the file ends before the image does",
-    Reason.NOT_AN_IMAGE: "the bytes are those of something else",
-    Reason.FORMAT_NOT_ALLOWED: "an image in a format that is not read",
-    Reason.CORRUPT: "recognised, but it cannot be decoded",
-    Reason.TOO_LARGE: "beyond the limit of pixels or bytes",
-    Reason.UNREADABLE: "storage refused to give it, also when asked again",
-    Reason.GONE: "named in the source, and not there",
-    Reason.CHANGED: "its size changed while the build ran",
-    Reason.NO_LABEL: "nothing says which class it is",
-    Reason.NO_PATH: "a row without a path",
-    Reason.DUPLICATE_ROW: "a row that repeats another one",
-    Reason.NAME_ENCODING: "its name is not valid UTF-8",
-    Reason.OUTSIDE_ROOT: "a path that leaves the source",
-    Reason.SYMLINK: "a link to a directory; they are not followed",
-    Reason.CLASS_EMPTY: "a class directory without files",
-    Reason.DUPLICATE_OF: "the same bytes as an image that is in",
-    Reason.LABEL_CONFLICT: "the same bytes under two labels: all copies are out",
-    Reason.LEAK: "belongs with images of an earlier split",
-    Reason.NO_IMAGE: "a sample without the bytes of an image",
-    Reason.AMBIGUOUS: "a sample with several images, none of them chosen",
-    Reason.DAMAGED: "the file that holds it cannot be read there",
-    Reason.DECODER_CRASH: "the decoder dies of it",
-}
+Row = dict[str, Any]
 
 
-def write_report(root: str | os.PathLike[str] | Store, at: int | None = None, out: str | None = None) -> str:
-    """Write the page of snapshot ``at`` (the newest by default) below ``root``, or to the file ``out``; says where."""
+def write_report(
+    root: str | os.PathLike[str] | Store,
+    at: int | None = None,
+    out: str | None = None,
+    *,
+    originals: Originals | None = None,
+) -> str:
+    """Write the page of snapshot ``at`` (the newest by default) below ``root``, or to the file ``out``; says where.
+
+    ``originals`` reads entries of the source by path, to show rejected images; without it they are only named.
+    """
     snapshot = open_snapshot(root, at)
-    page = render(snapshot).encode()
+    page = render(snapshot, originals).encode()
     if out is not None:
         _write_file(out, page)
         return out
@@ -86,138 +85,193 @@ def _write_file(out: str, page: bytes) -> None:
         raise UsageError(f"the page cannot be written to {out!r}: {error.strerror}; name another file") from error
 
 
-def render(snapshot: Snapshot) -> str:
+def render(snapshot: Snapshot, originals: Originals | None = None) -> str:
     """The whole page."""
-    table = _ClassTable.of(snapshot)
-    manifests = [_manifest_row(snapshot.manifest(name)) for name in snapshot.manifests]
-    rank = np.argsort(-table.columns["train"], kind="stable")
-    targets = {row["name"]: snapshot.manifest(row["name"]).targets for row in manifests}
+    classes = Classes.of(snapshot)
+    draws = [Draws.of(snapshot.manifest(name)) for name in snapshot.manifests]
+    copies = Copies(snapshot.rejects)
+    seen = survey(snapshot, copies.wanted)
+    since = since_the_one_before(snapshot)
+    with Pictures(snapshot, originals) as pictures:
+        sheets = _sheets(snapshot, classes, draws, pictures)
+        pairs = _pairs(snapshot, classes, copies, seen, pictures)
     style, script = _asset("page.css"), _asset("page.js")
     return _template().render(
         snapshot=snapshot,
-        told=describe(table.columns["count"]),
-        trained=describe(table.columns["train"]),
-        headline=_headline(table.columns["count"]),
-        splits=_split_rows(table),
-        manifests=manifests,
-        chart=class_curve(table.columns["train"][rank], {name: values[rank] for name, values in targets.items()}),
-        fixed_columns=FIXED_COLUMNS,
-        data=_script_data(table.listed(targets, rank)),
-        num_unlisted=max(0, len(table.names) - MAX_LISTED),
-        rarest=_rarest(snapshot, table),
-        rejects=_reject_groups(snapshot.rejects),
+        told=describe(classes.count),
+        trained=describe(classes.train),
+        headline=headline(classes.count),
+        covered=coverage(classes),
+        splits=split_rows(classes),
+        groups=(groups := group_rows(classes, draws)),
+        stacks=_stacks(groups, [one.name for one in draws]),
+        manifests=[one.row(classes) for one in draws],
+        advice=what_next(_facts(snapshot, classes, draws, seen, since)),
+        **_charts(classes, draws),
+        data=_script_data(_listed(classes, draws)),
+        num_unlisted=max(0, len(classes.names) - _num_listed(len(draws))),
+        seen=seen,
+        since=since,
+        num_drifts=NUM_DRIFTS,
+        rejects=reason_groups(snapshot.rejects),
+        run=_run(snapshot),
         style=style,
         script=script,
         policy=_content_policy(style, script),
+        **sheets,
+        **pairs,
     )
 
 
-def visible(text: str) -> str:
-    """``text`` with every control, bidirectional or unassigned character spelled out, so that it reads as it is."""
-    return "".join(c if unicodedata.category(c) not in _HIDDEN or c in _JOINERS else ascii(c)[1:-1] for c in str(text))
+def _run(snapshot: Snapshot) -> Any:
+    try:
+        return run_of(snapshot.store, snapshot.number)
+    except EvenshardError:  # notes; a storage that lists nothing has none to show
+        return None
 
 
-def num_bytes(count: int) -> str:
-    """``count`` bytes in the unit a person would choose."""
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:,.0f} bytes" if units[0] == "bytes" else f"{value:,.1f} {units[0]}"
+def _facts(snapshot: Snapshot, classes: Classes, draws: list[Draws], seen: Survey, since: Since) -> Facts:
+    return Facts(
+        trained=describe(classes.train),
+        covered=coverage(classes),
+        draws=draws,
+        reasons=reason_counts(snapshot.rejects),
+        num_images=snapshot.record.num_images,
+        survey=seen,
+        num_vanished=len(since.diff.classes_vanished) if since.diff else 0,
+        num_moved=since.diff.counts["moved"] if since.diff else 0,
+    )
 
 
-# -- classes --------------------------------------------------------------------------------------------------------
+# -- charts and the table of classes --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _ClassTable:
-    names: list[str]
-    columns: Mapping[str, IntArray]
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> _ClassTable:
-        classes = snapshot.classes
-        numbers = [name for name in classes.column_names if name not in ("class_id", "name", "evaluable")]
-        return cls(classes["name"].to_pylist(), {name: classes[name].to_numpy() for name in numbers})
-
-    def listed(self, targets: Mapping[str, IntArray], rank: IntArray) -> dict[str, Any]:
-        """What the script reads: FIXED_COLUMNS and one for each manifest, classes by images; ``chart``: rank -> row."""
-        count = self.columns["count"]
-        order = np.lexsort((np.arange(len(count)), -count))[:MAX_LISTED]
-        values = [count, *(self.columns[split] for split in SPLITS), self.columns["bytes"], *targets.values()]
-        row_of = np.full(len(count), -1, np.int64)
-        row_of[order] = np.arange(len(order))
-        return {
-            "columns": [[visible(self.names[i]) for i in order], *(column[order].tolist() for column in values)],
-            "chart": row_of[rank].tolist() if len(order) == len(count) else [],
-        }
+def _rank(classes: Classes) -> IntArray:
+    return np.argsort(-classes.train, kind="stable")
 
 
-def _headline(counts: IntArray) -> str:
-    """The imbalance in one sentence."""
-    sizes = np.sort(counts[counts > 0])[::-1]
-    if not len(sizes):
-        return "There is no image in it."
-    needed = int(np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)) + 1
-    median = int(sizes[len(sizes) // 2])  # half of the classes, rounded down, have no more
-    head = "The largest class holds" if needed == 1 else f"The {needed:,} largest of {len(sizes):,} classes hold"
-    tail = "a single image" if median == 1 else f"{median:,} or fewer"
-    return f"{head} half of the images; half of the classes have {tail}."
-
-
-def _split_rows(table: _ClassTable) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": split,
-            "images": int(table.columns[split].sum()),
-            "classes": int(np.count_nonzero(table.columns[split])),
-            "bytes": int(table.columns[f"{split}_bytes"].sum()),
-        }
-        for split in SPLITS
-    ]
-
-
-def _manifest_row(manifest: Manifest) -> dict[str, Any]:
-    drawn = manifest.targets > 0
+def _charts(classes: Classes, draws: list[Draws]) -> Row:
+    rank = _rank(classes)
+    targets = {one.name: one.targets for one in draws}
+    ranked = {name: values[rank] for name, values in targets.items()}
     return {
-        "name": manifest.name,
-        "split": manifest.split,
-        "policy": str(manifest.document.policy),
-        "draws": manifest.num_draws,
-        "distinct": int(np.minimum(manifest.targets, manifest.pool).sum()),
-        "classes": int(drawn.sum()),
-        "smallest": int(manifest.targets[drawn].min()),
-        "largest": int(manifest.targets.max()),
-        "repeat": float((manifest.targets[drawn] / manifest.pool[drawn]).max()),
+        "curves": [class_curve(classes.train[rank], ranked, frame) for frame in (WIDE, NARROW)],
+        "lorenz": lorenz(classes.train, targets),
     }
 
 
-def _rarest(snapshot: Snapshot, table: _ClassTable) -> list[dict[str, Any]]:
-    """One image each of the classes that have fewest."""
-    count = table.columns["count"]
-    present = np.flatnonzero(count)
-    rarest = present[np.lexsort((present, count[present]))][:NUM_RAREST]
+def _stacks(groups: list[Row], manifests: list[str]) -> list[Row]:
+    """Bars of 100 %: classes, training images, and the draws of every manifest, by group."""
+    rows = [("classes", [group["classes"] for group in groups]), ("training images", [g["images"] for g in groups])]
+    rows += [(f"draws of {name}", [group["draws"][name] for group in groups]) for name in manifests]
+    stacks: list[Row] = []
+    for label, counts in rows:
+        edges = np.concatenate([[0], np.cumsum(counts)]) * (100 / max(sum(counts), 1))
+        parts = [
+            {"group": group["name"], "x": round(float(x), 3), "width": round(float(w), 3), "count": count,
+             "share": words.percent(count, sum(counts))}
+            for group, count, x, w in zip(groups, counts, edges, np.diff(edges), strict=False)
+        ]  # fmt: skip
+        stacks.append({"label": label, "parts": parts})
+    return stacks
+
+
+def _num_listed(num_manifests: int) -> int:
+    return min(MAX_LISTED, MAX_DATA_BYTES // (80 + 70 * max(num_manifests, 1)))
+
+
+def _listed(classes: Classes, draws: list[Draws]) -> Row:
+    """What the script reads, classes by images; ``chart``: rank -> row."""
+    count = classes.count
+    order = np.lexsort((np.arange(len(count)), -count))[: _num_listed(len(draws))]
+    row_of = np.full(len(count), -1, np.int64)
+    row_of[order] = np.arange(len(order))
+    return {
+        "names": [words.visible(classes.names[i]) for i in order],
+        "ids": order.tolist(),
+        "columns": {name: classes.columns[name][order].tolist() for name in ("count", *SPLITS, "bytes")},
+        "evaluable": classes.evaluable[order].astype(int).tolist(),
+        "groups": list(GROUPS),
+        "group": classes.group[order].tolist(),
+        "manifests": [
+            {
+                "name": one.name,
+                "draws": one.targets[order].tolist(),
+                "measures": {title: seven_digits(values[order]) for title, values in one.measures().items()},
+            }
+            for one in draws
+        ],
+        "chart": row_of[_rank(classes)].tolist() if len(order) == len(count) else [],
+    }
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _sheets(snapshot: Snapshot, classes: Classes, draws: list[Draws], pictures: Pictures) -> Row:
+    """Contact sheets of the rarest classes and of what each manifest repeats most."""
     starts = {split: snapshot.class_starts(split) for split in snapshot.record.samples}
-    return [{"name": table.names[i], "count": int(count[i]), **_picture(snapshot, starts, i)} for i in rarest.tolist()]
+
+    def tile(class_id: int, split: str = "") -> Row:
+        here = [name for name in SPLITS if name in starts and starts[name][class_id] < starts[name][class_id + 1]]
+        chosen = split or here[0]
+        repeats = [(one.name, words.times(float(one.repeat[class_id]))) for one in draws]
+        return {
+            "name": classes.names[class_id],
+            "count": int(classes.count[class_id]),
+            "train": int(classes.train[class_id]),
+            "repeats": repeats,
+            "picture": pictures.sample(chosen, int(starts[chosen][class_id])),
+        }
+
+    repeating = [one for one in draws if (one.repeat > 1).any()]
+    repeating.sort(key=lambda one: -float(one.repeat.max()))
+    repeated = [
+        {"name": one.name, "tiles": [tile(c, one.manifest.split) for c in _extremes(-one.repeat, one.repeat > 1)]}
+        for one in repeating[:NUM_SHEETS]
+    ]
+    rarest = _extremes(classes.count, classes.count > 0, NUM_TILES, phase=0.25)
+    return {"rarest": [tile(class_id) for class_id in rarest], "repeated": repeated}
 
 
-def _picture(snapshot: Snapshot, starts: Mapping[str, IntArray], class_id: int) -> dict[str, str]:
-    split = next(name for name in SPLITS if name in starts and starts[name][class_id] < starts[name][class_id + 1])
-    try:
-        return {"uri": thumbnail(snapshot.read_image(split, int(starts[split][class_id]))), "problem": ""}
-    except (IntegrityError, NotFoundError, ImageRejected) as error:  # the page is still wanted, and says so
-        return {"uri": "", "problem": str(error)}
+def _extremes(
+    values: NDArray[Any], among: NDArray[np.bool_], num: int = NUM_REPEATED, phase: float = 0.75
+) -> list[int]:
+    """Classes of the smallest values; of those that tie with the last one, a spread."""
+    present = np.flatnonzero(among)
+    if len(present) <= num:
+        return present[np.lexsort((present, values[present]))].tolist()
+    last = np.partition(values[present], num - 1)[num - 1]
+    sure = present[values[present] < last]
+    tied = present[values[present] == last]
+    chosen = tied[spread(len(tied), num - len(sure), phase)]
+    return [*sure[np.lexsort((sure, values[sure]))].tolist(), *chosen.tolist()]
 
 
-def _reject_groups(rejects: pa.Table) -> list[dict[str, Any]]:
-    reasons: list[str] = rejects["reason"].to_pylist()
-    groups: list[dict[str, Any]] = []
-    for reason, count in sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])):
-        rows = [i for i, name in enumerate(reasons) if name == reason][:NUM_EXAMPLES]
-        meaning = _MEANING.get(Reason(reason), "") if reason in set(Reason) else ""
-        examples = rejects.take(pa.array(rows, pa.int64())).to_pylist()
-        groups.append({"reason": reason, "count": count, "meaning": meaning, "examples": examples})
-    return groups
+def _pairs(snapshot: Snapshot, classes: Classes, copies: Copies, seen: Survey, pictures: Pictures) -> Row:
+    """Duplicates, label conflicts and related images, side by side."""
+    related = [
+        {
+            "tiles": [{"picture": pictures.at(place), **_told(snapshot, classes, place)} for place in group.members],
+            "more": group.num_members - len(group.members),
+            "num_classes": group.num_classes,
+        }
+        for group in seen.relatives
+    ]
+    kept = {place: _told(snapshot, classes, place) for place in seen.found.values()}
+    return {
+        "duplicates": copies.duplicates(seen.found, kept, pictures),
+        "conflicts": copies.conflicts(pictures),
+        "related": related,
+        "num_duplicated": copies.num_sets(Reason.DUPLICATE_OF),
+        "num_conflicts": copies.num_sets(Reason.LABEL_CONFLICT),
+    }
+
+
+def _told(snapshot: Snapshot, classes: Classes, place: Place) -> Row:
+    """Path, label and split of an image of a shard."""
+    row = snapshot.index(place.shard).slice(place.row, 1).to_pylist()[0]
+    return {"path": row["path"], "label": classes.names[row["class_id"]], "split": row["split"]}
 
 
 # -- the page -------------------------------------------------------------------------------------------------------
@@ -250,5 +304,36 @@ def _asset(name: str) -> str:
 @cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"visible": visible, "bytes": num_bytes, "num": lambda value: f"{value:,}"}
+    filters: dict[str, Any] = {
+        "visible": words.visible,
+        "bytes": words.num_bytes,
+        "num": lambda value: f"{value:,}",
+        "times": words.times,
+        "bars": _bars,
+        "breakable": _breakable,
+    }
+    environment.filters.update(filters)
+    functions: dict[str, Any] = {"percent": words.percent, "counted": words.counted}
+    environment.globals.update(functions)
     return environment.from_string(_asset("page.html"))
+
+
+def _breakable(text: str) -> Markup:
+    """Parameters of a policy break after their commas, and can still be copied."""
+    return Markup(str(escape(words.visible(text))).replace(",", ",<wbr>"))
+
+
+def _bars(rows: Iterable[tuple[str, int]]) -> list[Row]:
+    """Label, count, width in percent of the largest."""
+    listed = list(rows)
+    top = max((count for _, count in listed), default=1)
+    whole = sum(count for _, count in listed)
+    return [
+        {
+            "label": label,
+            "count": count,
+            "width": round(100 * count / max(top, 1), 2),
+            "share": words.percent(count, whole),
+        }
+        for label, count in listed
+    ]
