@@ -147,6 +147,8 @@ class Browser:
             self.problems.append(str(values["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled":
             self.problems.append(f"console.{values['type']}: {values['args']}")
+        elif method == "Page.javascriptDialogOpening":
+            self.problems.append(f"dialog: {values['message']}")
         elif method == "Log.entryAdded":
             self.problems.append(f"{values['entry']['source']}: {values['entry']['text']}")
         elif method == "Network.requestWillBeSent":

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_names import HOSTILE
 from PIL import Image
 
 import pipeline
@@ -33,23 +34,6 @@ from pipeline.schema import Reason
 from pipeline.snapshot import Snapshot, open_snapshot
 
 NUM_CLASSES = 20
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(2)</script>",
-    "'\"><img src=x onerror=alert(3)>",
-    "<!--<script>",
-    "{{ 7 * 7 }} {% raw %}",
-    "]]></svg><style>*{display:none}</style>",
-    "javascript:alert(4)",
-    "gpj.\u202etxt.exe\u2066",
-    "bell\x07 \u2028line",
-    "Ünïcödé 🍎",
-    "=1+1",
-    "@SUM(A1)",
-    "مرحبا بالعالم",
-    "long " + "name " * 200,
-)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def picture(class_id: int, number: int, split: int) -> bytes:
     """A PNG of 8 to 12 pixels a side."""
     rng = np.random.default_rng((class_id, number, split))
     pixels = rng.integers(0, 256, (*rng.integers(8, 13, 2), 3), dtype=np.uint8)
-    pixels[0, 0] = class_id, number, split
+    pixels[0, 0] = class_id % 256, number % 256, split
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=1)
     return out.getvalue()
