@@ -82,6 +82,7 @@ class BuildConfig(BaseModel):
     group_column: Column | None = None
     images: Place | None = None
     check: Literal["decode", "header"] = "decode"
+    near_duplicates: int | None = Field(default=None, ge=1, le=8)  # bits of 64 in which look-alikes may differ
     shard_samples: int = Field(default=2000, ge=1)
     shard_bytes: Bytes = 128 << 20
     seed: int = Field(default=0, ge=0, lt=1 << 64)
@@ -122,17 +123,22 @@ class BuildConfig(BaseModel):
     def inspection(self) -> Inspection:
         """What is asked of every image."""
         limits = Limits(max_pixels=self.max_pixels, max_bytes=self.max_image_bytes, max_cpu_s=self.max_decode_s)
-        return Inspection(check=self.check, limits=limits)
+        return Inspection(check=self.check, limits=limits, hashed=self.near_duplicates is not None)
 
     def meaning(self) -> dict[str, Any]:
         """The fields that decide bytes, for records and their digests: strings, integers and null only."""
         decisive = self.model_dump(
             exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects", "max_shrink"}
         )
+        for name in _LATER_KEYS:  # a build that does not use them is the build that it was before they existed
+            if decisive[name] is None:
+                del decisive[name]
         return {name: _without_floats(value) for name, value in decisive.items()}
 
 
 KEYS = tuple(BuildConfig.model_fields)
+
+_LATER_KEYS = ("near_duplicates",)
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 SNAPSHOT_FORMAT_VERSION = 2
+HASHED_FORMAT_VERSION = 3
+"""Of snapshots whose indexes carry perceptual hashes; others stay readable for those who know version 2 alone."""
 MANIFEST_FORMAT_VERSION = 1
 UNIT_FORMAT_VERSION = 1
 
@@ -84,6 +86,12 @@ INDEX = _schema(
     ("group", pa.uint64()),
 )
 """One row per sample of one tar, in tar order."""
+
+HASHED_INDEX = INDEX.append(pa.field("phash", pa.uint64()))  # null: a picture without anything to see
+"""INDEX of a build that looks for near duplicates."""
+
+INDEXES = (INDEX, HASHED_INDEX)
+"""What an index may be."""
 
 CLASSES = _schema(
     ("class_id", pa.int32()),
@@ -231,4 +239,5 @@ class SnapshotRecord:
     config: Mapping[str, Any]  # the part of the build file that decides bytes
     created_by: str  # distribution and version
     departed: FileRef | None = None  # None: nothing has left yet; version 1 did not remember it
+    near_duplicates: Mapping[str, int] | None = None  # num_groups, num_images; None: not looked for
     format_version: int = SNAPSHOT_FORMAT_VERSION

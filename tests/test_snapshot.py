@@ -127,8 +127,8 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
 
 
 def test_a_newer_format_is_refused_with_advice() -> None:
-    newer = encode_record(record(format_version=3))
-    with pytest.raises(IntegrityError, match=r"here: format_version 3 is newer than 2.*upgrade evenshard"):
+    newer = encode_record(record(format_version=4))
+    with pytest.raises(IntegrityError, match=r"here: format_version 4 is newer than 3.*upgrade evenshard"):
         decode_record(newer, "here")
 
 

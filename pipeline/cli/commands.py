@@ -53,6 +53,10 @@ def build_options(command: _Command) -> _Command:
         ),
         click.option("--split-column", metavar="NAME", help="Column of splits (tars: as for labels)."),
         click.option("--group-column", metavar="NAME", help="Samples of one group stay in one split."),
+        click.option(
+            "--near-duplicates", type=int, metavar="BITS",
+            help="Keep pictures that look alike in one split: 6 of 64 bits of a perceptual hash may differ.",
+        ),
         click.option("--check", type=click.Choice(["decode", "header"]), help="How each image is checked."),
         click.option("--shard-samples", type=int, metavar="N", help="Divide shards beyond this many images."),
         click.option("--shard-bytes", metavar="N", help="Divide shards beyond it: 128MiB."),

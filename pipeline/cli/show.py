@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def build_summary(summary: BuildSummary, root: str) -> str:
         f"{state} in {safe(root)}",
         f"images     {summary.num_images:,} in {summary.num_classes:,} classes ({splits})",
         f"rejects    {summary.num_rejects:,}: {rejects}" if summary.num_rejects else "rejects    none",
+        *([_near(summary.near_duplicates)] if summary.near_duplicates else []),
         f"imbalance  {_imbalance(told)}",
         f"work       {read} in {summary.elapsed_s:,.1f} s, {summary.num_reused_units} of {summary.num_units} units "
         "were done before",
@@ -79,6 +80,10 @@ def build_summary(summary: BuildSummary, root: str) -> str:
         'print(m.num_draws)"',
     ]
     return "\n".join(lines)
+
+
+def _near(found: Mapping[str, int]) -> str:
+    return f"look-alike {found['num_images']:,} images in {found['num_groups']:,} groups, each in one split"
 
 
 def _imbalance(told: Description) -> str:

@@ -86,7 +86,7 @@ def pack_container(
             if intake.num_images - told == _TELL_EVERY:
                 told = intake.num_images
                 yield _TELL_EVERY
-        tar, index = writer.finish(index_table(intake.rows))
+        tar, index = writer.finish(index_table(intake.rows, hashed=inspection.hashed))
     yield intake.num_images - told
     yield put_unit_record(
         store,
@@ -107,7 +107,7 @@ class _Intake:
     """What a task has met in its container so far."""
 
     codes: dict[str, int] = field(default_factory=dict[str, int])
-    rows: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])  # INDEX
+    rows: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])  # HASHED_INDEX
     rejects: list[tuple[str, str, str, str]] = field(default_factory=list[tuple[str, str, str, str]])
     rejected: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     """Of each reject: code of its label, split, group, size."""
@@ -133,7 +133,7 @@ class _Intake:
         offset = writer.add(key, code, facts.format, item.data)
         place = (offset, len(item.data), xxhash.xxh3_64_intdigest(item.data))
         split = "" if item.split == SPLIT_UNSET else SPLITS[item.split]
-        self.rows.append((key, item.path, -1 - code, split, *place, *_shape(facts), digest, group))
+        self.rows.append((key, item.path, -1 - code, split, *place, *_shape(facts), digest, group, facts.phash))
 
 
 def _shape(facts: Facts) -> tuple[int, int, str, str]:

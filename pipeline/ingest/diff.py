@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from pipeline.ingest.units import index_digests, index_keys
-from pipeline.schema import INDEX, SPLITS, FileRef, index_path
+from pipeline.schema import INDEXES, SPLITS, FileRef, index_path
 from pipeline.snapshot import Snapshot, newest_number, open_snapshot
 from pipeline.store import Store
 
@@ -125,7 +125,7 @@ class _Side:
 def _open(snapshot: Snapshot, row: Mapping[str, Any]) -> pa.Table:
     """The columns of an index that are compared; unlike ``Snapshot.index``, nothing is kept."""
     ref = FileRef(sha256=row["index_sha256"], size=row["index_size"], num_rows=row["num_samples"])
-    return snapshot.table(ref, INDEX, index_path(ref.sha256)).select(["key", "sha256", "class_id"])
+    return snapshot.table(ref, INDEXES, index_path(ref.sha256)).select(["key", "sha256", "class_id"])
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: Any, shape: tuple[int, ...] = (0,)) -> NDArray[Any]:

@@ -18,7 +18,18 @@ from pipeline.ingest.known import Known
 from pipeline.ingest.past import Past
 from pipeline.ingest.settle import Samples, Settlement
 from pipeline.ingest.trie import leaves, shard_hash
-from pipeline.ingest.units import Pack, Part, Repack, Unit, UnitRecord, index_digests, index_keys, read_index
+from pipeline.ingest.units import (
+    Hashing,
+    Pack,
+    Part,
+    Repack,
+    Unit,
+    UnitRecord,
+    index_digests,
+    index_hashes,
+    index_keys,
+    read_index,
+)
 from pipeline.schema import SPLIT_UNSET, SPLITS
 from pipeline.store import Store
 
@@ -63,12 +74,13 @@ def gather(
     old = np.flatnonzero(known.row >= 0)
     row = known.row[old]
     held = [(past.pack[row], past.row[row], past.class_id[row], past.split[row], past.group[row])]
-    rows, digests = [old], [past.digest[row]]
+    rows, digests, looks = [old], [past.digest[row]], [(past.phash[row], past.hashing[row])]
     out = np.flatnonzero(known.expelled)
     nowhere = np.full(len(out), -1, np.int32)
     held.append((nowhere, nowhere, nowhere, nowhere.astype(np.int8), np.zeros(len(out), np.uint64)))
     rows.append(out)
     digests.append(known.digest[out])
+    looks.append((known.phash[out], known.hashing[out]))
     keys = references["key"].to_numpy()
     for record in records:
         if record.pack is None:
@@ -82,7 +94,9 @@ def gather(
         held.append((number, place, index["class_id"].to_numpy(), code, index["group"].to_numpy()))
         rows.append(np.searchsorted(keys, index_keys(index)))
         digests.append(index_digests(index))
+        looks.append(index_hashes(index))
     pack, place, held_class, held_split, held_group = (np.concatenate(part) for part in zip(*held, strict=True))
+    phash, hashing = (np.concatenate(part) for part in zip(*looks, strict=True))
     reference = np.concatenate(rows)
     samples = Samples(
         reference=reference,
@@ -97,32 +111,41 @@ def gather(
         held_class=held_class,
         held_split=held_split,
         held_group=held_group,
+        phash=phash,
+        hashing=hashing,
     )
     return samples, tuple(packs)
 
 
 @dataclass(frozen=True)
 class FinalShard:
-    """One shard of the snapshot: ``pack`` if its files are there, else it is still to be written by ``repack``."""
+    """One shard of the snapshot: ``pack`` if its files are there, else it is still to be written by ``repack``.
+
+    ``hashed``: its index carries perceptual hashes.
+    """
 
     split: str
     prefix: str
     members: NDArray[np.int64]  # sample numbers
     pack: Pack | None
+    hashed: bool = False
 
 
-def final_shards(samples: Samples, settled: Settlement, packs: Sequence[Pack], rule: ShardRule) -> Iterator[FinalShard]:
+def final_shards(
+    samples: Samples, settled: Settlement, packs: Sequence[Pack], rule: ShardRule, *, hashed: bool
+) -> Iterator[FinalShard]:
     """Divide every split's images; a leaf that is row by row one existing pack keeps its files."""
     unchanged = (
         (samples.held_class == samples.class_id)
         & (samples.held_split == settled.split)
         & (samples.held_group == settled.group)
+        & ((samples.hashing != Hashing.UNKNOWN) == hashed)
     )
     for split, prefix, members in rule.divide(settled.split, samples.key, samples.size):
         number = samples.pack[members]
         pack = packs[int(number[0])]
         whole = len(members) == pack.index.num_rows and bool(np.all((number == number[0]) & unchanged[members]))
-        yield FinalShard(split, prefix, members, pack if whole else None)
+        yield FinalShard(split, prefix, members, pack if whole else None, hashed)
 
 
 def repack_unit(samples: Samples, settled: Settlement, packs: Sequence[Pack], shard: FinalShard) -> Repack:
@@ -140,12 +163,13 @@ def repack_unit(samples: Samples, settled: Settlement, packs: Sequence[Pack], sh
         parts=parts,
         class_id=samples.class_id[members],
         group=settled.group[members],
+        hashed=shard.hashed,
     ).with_digest()
 
 
 def to_fetch(samples: Samples, settled: Settlement, num_references: int) -> NDArray[np.int8]:
-    """A split for every reference whose image stays and whose bytes are not at hand; the others are unset."""
+    """A split for every reference whose image stays, or must be seen to be settled, and whose bytes are not at hand."""
     split = np.full(num_references, SPLIT_UNSET, np.int8)
-    missing = (settled.split != SPLIT_UNSET) & (samples.pack < 0)
-    split[samples.reference[missing]] = settled.split[missing]
+    missing = ((settled.split != SPLIT_UNSET) | settled.unseen) & (samples.pack < 0)
+    split[samples.reference[missing]] = np.maximum(settled.split[missing], 0)  # of a leak, any: it is read to be seen
     return split

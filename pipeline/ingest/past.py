@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.ingest.units import Pack, index_digests, index_keys, read_index
+from pipeline.ingest.units import Pack, index_digests, index_hashes, index_keys, read_index
 from pipeline.schema import DEPARTED, SPLIT_UNSET, SPLITS, FileRef
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
@@ -32,6 +32,8 @@ class Past:
     group: NDArray[np.uint64]
     digest: NDArray[np.uint64]
     num_pixels: NDArray[np.int64]
+    phash: NDArray[np.uint64]
+    hashing: NDArray[np.int8]  # Hashing
     pack: NDArray[np.int32]
     row: NDArray[np.int32]
     departed: pa.Table  # DEPARTED
@@ -113,6 +115,8 @@ def load_past(store: Store, parent: Snapshot | None) -> Past:
         group=np.empty(total, np.uint64),
         digest=np.empty((total, 4), np.uint64),
         num_pixels=np.empty(total, np.int64),
+        phash=np.empty(total, np.uint64),
+        hashing=np.empty(total, np.int8),
         pack=np.empty(total, np.int32),
         row=np.empty(total, np.int32),
         departed=_departed(parent),
@@ -125,6 +129,7 @@ def load_past(store: Store, parent: Snapshot | None) -> Past:
         past.class_id[part], past.group[part] = index["class_id"].to_numpy(), index["group"].to_numpy()
         past.split[part] = SPLITS.index(shard["split"])
         past.num_pixels[part] = index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy()
+        past.phash[part], past.hashing[part] = index_hashes(index)
         past.pack[part], past.row[part] = number, np.arange(pack.index.num_rows)
     return past
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.ingest.known import Known
+from pipeline.ingest.known import Known, look
 from pipeline.ingest.settle import Samples, Settlement
 from pipeline.ingest.source import Listing
 from pipeline.ingest.units import UnitRecord
@@ -81,6 +81,10 @@ def _expelled(listing: Listing, samples: Samples, settled: Settlement) -> list[R
         f"same bytes as {path}" if other >= 0 else "a member of its group is in an earlier split"
         for path, other in zip(paths, gone.other.tolist(), strict=True)
     ]
+    for place in np.flatnonzero(gone.near).tolist():
+        sample = gone.sample[place]
+        words = look(int(samples.phash[sample]), int(samples.hashing[sample]))
+        details[place] = f"an image that it, or its group, looks like is in an earlier split {words}"
     digests = samples.digest[gone.sample].astype(">u8").tobytes().hex()
     return [
         Rejected(reference, str(reason), detail, digests[64 * i : 64 * i + 64])

@@ -28,6 +28,7 @@ from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.containers import TYPICAL_IMAGE_BYTES, container_units, keep, pack_container, sample_listing, token
 from pipeline.ingest.known import Known, Notes, find_known, notes_path, read_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
+from pipeline.ingest.lookalikes import count_lookalikes, huge_groups
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
 from pipeline.ingest.past import Past, load_past
 from pipeline.ingest.rejects import is_passing, read_rejects, reject_table
@@ -40,7 +41,17 @@ from pipeline.ingest.tables import Written, put_tables
 from pipeline.ingest.units import Pack, UnitRecord
 from pipeline.ingest.work import Progress, Work
 from pipeline.plan.policy import parse
-from pipeline.schema import DEPARTED, REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, FileRef, SnapshotRecord
+from pipeline.schema import (
+    DEPARTED,
+    HASHED_FORMAT_VERSION,
+    REFERENCES,
+    REJECTS,
+    SNAPSHOT_FORMAT_VERSION,
+    SPLIT_UNSET,
+    SPLITS,
+    FileRef,
+    SnapshotRecord,
+)
 from pipeline.snapshot import Snapshot, encode_record, open_snapshot, record_id, snapshot_exists
 from pipeline.store import Store, put_table, redact, table_to_ipc
 
@@ -92,6 +103,8 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
         num_rejects=content.rejects.num_rows,
         config=config.meaning(),
         created_by=f"evenshard {version('evenshard')}",
+        near_duplicates=content.near_duplicates,
+        format_version=SNAPSHOT_FORMAT_VERSION if content.near_duplicates is None else HASHED_FORMAT_VERSION,
     )
     changed = parent is None or _content(record) != _content(parent.record)
     snapshot = Snapshot(store, record) if changed or parent is None else parent
@@ -114,6 +127,7 @@ class _Content:
     departed: FileRef | None
     class_table: pa.Table
     num_images: int
+    near_duplicates: Mapping[str, int] | None
     notices: tuple[str, ...] = ()
 
 
@@ -152,6 +166,7 @@ class _Build:
             departed=record.departed,
             class_table=parent.classes,
             num_images=record.num_images,
+            near_duplicates=record.near_duplicates,
         )
 
     def run(self) -> _Content:
@@ -165,7 +180,7 @@ class _Build:
             self._guard(past, samples, settled, rejects)
             shards = self._write(work, samples, settled, packs)
         self._notify("tables", 0, 0)
-        stays = settled.split != SPLIT_UNSET
+        stays, near = settled.split != SPLIT_UNSET, self._config.near_duplicates
         departed = past.departures(samples.key[stays], samples.digest[stays])
         tables = put_tables(self._store, shards, self.listing.class_names, seed=self._config.seed)
         return _Content(
@@ -176,7 +191,11 @@ class _Build:
             departed=put_table(self._store, departed, DEPARTED) if departed.num_rows else None,
             class_table=tables.class_table,
             num_images=tables.num_images,
-            notices=_notices(past, samples, settled, self.listing.class_names),
+            near_duplicates=count_lookalikes(settled.group, settled.alike) if near else None,
+            notices=(
+                *_notices(past, samples, settled, self.listing.class_names),
+                *(_huge_groups(samples, settled, self.listing.class_names, near) if near else ()),
+            ),
         )
 
     def note(self, snapshot: Snapshot) -> None:
@@ -218,7 +237,13 @@ class _Build:
             samples, packs = gather(self._store, references, known, past, self.records)
             if not len(samples.key):
                 raise SourceError(_nothing_readable(self._config, self.listing, self.records))
-            settled = settle(samples, past, num_classes=len(self.listing.class_names), seed=self._config.seed)
+            settled = settle(
+                samples,
+                past,
+                num_classes=len(self.listing.class_names),
+                seed=self._config.seed,
+                near=self._config.near_duplicates,
+            )
             split = to_fetch(samples, settled, references.num_rows)
             if not np.any(split != SPLIT_UNSET):
                 return known, samples, settled, packs
@@ -269,7 +294,7 @@ class _Build:
         return self.listing.references.num_rows + self.listing.rejects.num_rows
 
     def _write(self, work: Work, samples: Samples, settled: Settlement, packs: Sequence[Pack]) -> list[Written]:
-        shards = list(final_shards(samples, settled, packs, self._rule))
+        shards = list(final_shards(samples, settled, packs, self._rule, hashed=self._config.inspection.hashed))
         rest = [shard for shard in shards if shard.pack is None]
         units = (repack_unit(samples, settled, packs, shard) for shard in rest)
         written = iter(work.run("settle", repack, units, (), sum(len(shard.members) for shard in rest)))
@@ -332,6 +357,7 @@ def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
         **dataclasses.asdict(config.inspection.limits),
         "pillow": version("pillow"),
         "evenshard": version("evenshard"),
+        **({"hashed": True} if config.inspection.hashed else {}),
         **_opening_settings(config, listing),
     }
 
@@ -373,6 +399,13 @@ def _build_id(config: BuildConfig, listing: Listing) -> str:
 
 def _content(record: SnapshotRecord) -> bytes:
     return encode_record(dataclasses.replace(record, number=1, parent="", build_id="", config={}, created_by=""))
+
+
+def _huge_groups(samples: Samples, settled: Settlement, class_names: Sequence[str], near: int) -> tuple[str, ...]:
+    stays = settled.split != SPLIT_UNSET
+    return huge_groups(
+        settled.group[stays], settled.alike[stays], samples.class_id[stays], class_names, max_distance=near
+    )
 
 
 def _notices(past: Past, samples: Samples, settled: Settlement, class_names: tuple[str, ...]) -> tuple[str, ...]:

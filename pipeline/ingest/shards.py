@@ -25,7 +25,7 @@ from pipeline.ingest.source import SourceReader
 from pipeline.ingest.tar_writer import TarWriter, tar_header
 from pipeline.ingest.trie import Leaf, leaves, shard_hash
 from pipeline.ingest.units import Repack, Unit, UnitRecord, index_keys, put_unit_record, read_index
-from pipeline.schema import INDEX, FileRef, Reason, index_path, tar_path
+from pipeline.schema import HASHED_INDEX, INDEX, FileRef, Reason, index_path, tar_path
 from pipeline.store import ShardReader, Store, read_image, table_to_ipc
 
 __all__ = [
@@ -52,7 +52,7 @@ def pack_source(
         for number, _ in enumerate(intake.fill(writer, unit, reader, inspector), 1):
             if number % _TELL_EVERY == 0:
                 yield _TELL_EVERY
-        tar, index = writer.finish(index_table(intake.rows))
+        tar, index = writer.finish(index_table(intake.rows, hashed=inspection.hashed))
     yield unit.num_members % _TELL_EVERY
     yield put_unit_record(
         store,
@@ -86,7 +86,9 @@ def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecor
 
 def _rows_of(unit: Repack, store: Store) -> tuple[pa.Table, list[str]]:
     """The index rows of a shard, sorted by key, as they are to be but for their offsets; and each one's tar."""
-    table = pa.concat_tables([read_index(store, part.pack).take(pa.array(part.rows)) for part in unit.parts])
+    columns = (HASHED_INDEX if unit.hashed else INDEX).names
+    parts = (read_index(store, part.pack).select(columns).take(pa.array(part.rows)) for part in unit.parts)
+    table = pa.concat_tables(parts)
     tars = [tar_path(part.pack.tar.sha256) for part in unit.parts for _ in range(len(part.rows))]
     table = _with_column(table, "class_id", pa.array(unit.class_id))
     table = _with_column(table, "group", pa.array(unit.group))
@@ -104,7 +106,7 @@ class _Intake:
     """What a unit has met in the source so far."""
 
     rejects: list[tuple[str, str, str, str]] = field(default_factory=list)
-    rows: list[tuple[Any, ...]] = field(default_factory=list)  # INDEX
+    rows: list[tuple[Any, ...]] = field(default_factory=list)  # HASHED_INDEX
     num_images: int = 0
     num_bytes: int = 0
 
@@ -127,7 +129,7 @@ class _Intake:
                 key = f"{number:016x}"
                 offset = writer.add(key, class_id, facts.format, data)
                 place = (offset, size, xxhash.xxh3_64_intdigest(data))
-                self.rows.append((key, path, class_id, unit.split, *place, *_shape(facts), digest, group))
+                self.rows.append((key, path, class_id, unit.split, *place, *_shape(facts), digest, group, facts.phash))
             yield
 
 
@@ -188,7 +190,9 @@ class ShardWriter:
             raise error
 
 
-def index_table(rows: list[tuple[Any, ...]]) -> pa.Table:
-    """INDEX of rows in its column order."""
-    columns = zip(*rows, strict=True) if rows else [[] for _ in INDEX]
-    return pa.table([pa.array(values, item.type) for values, item in zip(columns, INDEX, strict=True)], schema=INDEX)
+def index_table(rows: list[tuple[Any, ...]], *, hashed: bool = False) -> pa.Table:
+    """INDEX of rows in the column order of HASHED_INDEX; their last column only if ``hashed``."""
+    schema = HASHED_INDEX if hashed else INDEX
+    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in HASHED_INDEX]
+    arrays = [pa.array(values, item.type) for values, item in zip(columns[: len(schema)], schema, strict=True)]
+    return pa.table(arrays, schema=schema)

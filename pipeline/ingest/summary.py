@@ -40,6 +40,7 @@ class BuildSummary:
     num_rejects: int
     rejects: Mapping[str, int]  # by reason
     splits: Mapping[str, int]
+    near_duplicates: Mapping[str, int] | None  # num_groups, num_images; None: not looked for
     manifests: Mapping[str, int]  # draws per epoch
     description: Description
     num_read: int  # images read from the source
@@ -68,6 +69,7 @@ def summarise(
         num_rejects=snapshot.record.num_rejects,
         rejects=dict(sorted(Counter(snapshot.rejects["reason"].to_pylist()).items())),
         splits={split: int(classes[split].to_numpy().sum()) for split in SPLITS},
+        near_duplicates=snapshot.record.near_duplicates,
         manifests={name: snapshot.manifest(name).num_draws for name in snapshot.manifests},
         description=describe(classes["count"].to_numpy()),
         num_read=sum(record.num_images for record in fresh),

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import AlreadyExistsError, EngineError
-from pipeline.schema import INDEX, UNIT_FORMAT_VERSION, FileRef, index_path, tar_path
+from pipeline.schema import INDEXES, UNIT_FORMAT_VERSION, FileRef, index_path, tar_path
 from pipeline.store import Entry, Store, ipc_to_table, read_checked, table_to_ipc
 
 
@@ -66,6 +66,7 @@ class Repack:
     parts: tuple[Part, ...]
     class_id: NDArray[np.int32]
     group: NDArray[np.uint64]
+    hashed: bool = False  # whether its index is to carry perceptual hashes, which those of all parts then do
     digest: str = ""
 
     @property
@@ -75,7 +76,7 @@ class Repack:
     def with_digest(self) -> Repack:
         """The same unit, named by everything that decides its bytes."""
         packs = [(part.pack.tar.sha256, part.pack.index.sha256, len(part.rows)) for part in self.parts]
-        head = json.dumps([UNIT_FORMAT_VERSION, self.split, packs])
+        head = json.dumps([UNIT_FORMAT_VERSION, self.split, packs, *(["hashed"] if self.hashed else [])])
         rows = (part.rows.astype("<i4").tobytes() for part in self.parts)
         return replace(
             self, digest=_digest(head, *rows, self.class_id.astype("<i4").tobytes(), self.group.astype("<u8").tobytes())
@@ -190,7 +191,7 @@ def put_unit_record(store: Store, record: UnitRecord) -> UnitRecord:
 def read_index(store: Store, pack: Pack) -> pa.Table:
     """The checked index of a pack."""
     path = index_path(pack.index.sha256)
-    return ipc_to_table(read_checked(store, path, pack.index), INDEX, path)
+    return ipc_to_table(read_checked(store, path, pack.index), INDEXES, path)
 
 
 def index_keys(index: pa.Table) -> NDArray[np.uint64]:
@@ -202,6 +203,21 @@ def index_keys(index: pa.Table) -> NDArray[np.uint64]:
 def index_digests(index: pa.Table) -> NDArray[np.uint64]:
     """The SHA-256 of every row's image bytes as big-endian words, uint64 [rows, 4]."""
     return np.frombuffer(_joined(index["sha256"], 32), dtype=">u8").reshape(-1, 4).astype(np.uint64)
+
+
+class Hashing:
+    """What is known of an image's perceptual hash: int8, smallest first, so that zeros say nothing."""
+
+    UNKNOWN, BLANK, KNOWN = range(3)  # BLANK: it was asked for, and there is nothing to see
+
+
+def index_hashes(index: pa.Table) -> tuple[NDArray[np.uint64], NDArray[np.int8]]:
+    """The perceptual hash of every row, and what is known of it (``Hashing``): uint64 and int8 [rows]."""
+    if "phash" not in index.column_names:
+        return np.zeros(index.num_rows, np.uint64), np.full(index.num_rows, Hashing.UNKNOWN, np.int8)
+    column = index["phash"]
+    known = column.is_valid().to_numpy()
+    return column.fill_null(0).to_numpy(), np.where(known, Hashing.KNOWN, Hashing.BLANK).astype(np.int8)
 
 
 def _joined(column: pa.ChunkedArray, width: int) -> bytes:

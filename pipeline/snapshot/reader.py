@@ -18,7 +18,7 @@ from pipeline.errors import IntegrityError, NotFoundError, UsageError
 from pipeline.plan import manifest as plan
 from pipeline.schema import (
     CLASSES,
-    INDEX,
+    INDEXES,
     REJECTS,
     SAMPLES,
     SHARDS,
@@ -173,14 +173,14 @@ class Snapshot:
         return starts
 
     def index(self, shard: int) -> pa.Table:
-        """One row per sample of one shard, as ``schema.INDEX``, in the order of its tar."""
+        """One row per sample of one shard, as one of ``schema.INDEXES``, in the order of its tar."""
         with self._lock:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
                 return self._indexes[shard]
         row = self._shard(shard)
         ref = FileRef(sha256=row["index_sha256"], size=row["index_size"], num_rows=row["num_samples"])
-        table = self.table(ref, INDEX, index_path(ref.sha256))
+        table = self.table(ref, INDEXES, index_path(ref.sha256))
         with self._lock:
             self._indexes[shard] = table
             if len(self._indexes) > OPEN_INDEXES:
@@ -216,7 +216,7 @@ class Snapshot:
             )
         return self.shards.slice(shard, 1).to_pylist()[0]
 
-    def table(self, ref: FileRef, schema: pa.Schema, path: str = "") -> pa.Table:
+    def table(self, ref: FileRef, schema: pa.Schema | tuple[pa.Schema, ...], path: str = "") -> pa.Table:
         """The table that ``ref`` names, checked; in tables/ unless ``path`` says otherwise."""
         path = path or table_path(ref.sha256)
         where = f"{path} in {self.store.url}"

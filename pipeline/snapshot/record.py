@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any, NoReturn, cast
 
 from pipeline.errors import IntegrityError, UsageError
-from pipeline.schema import SNAPSHOT_FORMAT_VERSION, SPLITS, FileRef, SnapshotRecord
+from pipeline.schema import HASHED_FORMAT_VERSION, SPLITS, FileRef, SnapshotRecord
 
 
 def encode_record(record: SnapshotRecord) -> bytes:
@@ -46,6 +46,9 @@ def _to_json(record: SnapshotRecord) -> dict[str, Any]:
     departed = values.pop("departed")
     if record.format_version > 1:  # version 1 knew no such key, and its id is over its own spelling
         values["departed"] = departed.to_json() if departed else None
+    near = values.pop("near_duplicates")
+    if record.format_version >= HASHED_FORMAT_VERSION:
+        values["near_duplicates"] = near
     _refuse_floats(values, "record")
     return values
 
@@ -54,6 +57,8 @@ def _from_json(values: Mapping[str, Any]) -> SnapshotRecord:
     known, found = {field.name for field in fields(SnapshotRecord)}, set(values)
     if values["format_version"] == 1:
         known.discard("departed")
+    if values["format_version"] < HASHED_FORMAT_VERSION:
+        known.discard("near_duplicates")
     _expect(found == known, f"missing keys {sorted(known - found)}, unknown keys {sorted(found - known)}")
     made = dict(values)
     for name in ("number", "seed", "num_images", "num_classes", "num_rejects"):
@@ -66,6 +71,10 @@ def _from_json(values: Mapping[str, Any]) -> SnapshotRecord:
         made[name] = {key: _ref(value, f"{name}.{key}") for key, value in made[name].items()}
     if made.get("departed") is not None:
         made["departed"] = _ref(made["departed"], "departed")
+    if made["format_version"] >= HASHED_FORMAT_VERSION:
+        near = made["near_duplicates"]
+        sound = near is None or (set(near) == {"num_groups", "num_images"} and all(map(_is_count, near.values())))
+        _expect(sound, f"near_duplicates must count groups and images, found {near!r}")
     _expect(made["samples"].keys() <= set(SPLITS), f"splits must be among {SPLITS}, found {list(made['samples'])}")
     _expect(type(made["config"]) is dict, f"config must be an object, found {made['config']!r}")
     return SnapshotRecord(**made)
@@ -130,8 +139,8 @@ def _check_version(values: Mapping[str, Any], where: str) -> None:
     version = values.get("format_version")
     if type(version) is not int or version < 1:
         raise IntegrityError(f"{where}: format_version must be a whole number from 1, found {version!r}")
-    if version > SNAPSHOT_FORMAT_VERSION:
+    if version > HASHED_FORMAT_VERSION:
         raise IntegrityError(
-            f"{where}: format_version {version} is newer than {SNAPSHOT_FORMAT_VERSION}, the newest that this version "
+            f"{where}: format_version {version} is newer than {HASHED_FORMAT_VERSION}, the newest that this version "
             f"of evenshard reads; upgrade evenshard"
         )

@@ -75,10 +75,15 @@ def table_to_ipc(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def ipc_to_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
-    """The table in ``data``; an IntegrityError naming ``where`` unless it is sound and has exactly ``schema``."""
+def ipc_to_table(data: bytes, schema: pa.Schema | tuple[pa.Schema, ...], where: str) -> pa.Table:
+    """The table in ``data``; an IntegrityError naming ``where`` unless it is sound and has exactly ``schema``.
+
+    Of several schemas, it must have one.
+    """
+    schemas: tuple[pa.Schema, ...] = schema if isinstance(schema, tuple) else (schema,)
     try:
         reader = pa.ipc.open_file(pa.BufferReader(data))
+        schema = next((one for one in schemas if one.equals(reader.schema, check_metadata=True)), schemas[0])
         _check_schema(reader.schema, schema, where)
         table = reader.read_all()
         table.validate(full=True)  # offsets and UTF-8: a file from elsewhere must not lead outside its buffers

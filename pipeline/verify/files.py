@@ -82,7 +82,7 @@ class Files:
         """Whether this file was looked at already."""
         return path in self._seen
 
-    def table(self, ref: FileRef, schema: pa.Schema, path: str = "") -> pa.Table | None:
+    def table(self, ref: FileRef, schema: pa.Schema | tuple[pa.Schema, ...], path: str = "") -> pa.Table | None:
         """The table that ``ref`` names, in tables/ unless ``path`` says otherwise."""
         path = path or table_path(ref.sha256)
         data = self.read(path, ref.sha256, ref.size)

@@ -12,7 +12,7 @@ from pipeline.errors import EvenshardError, IntegrityError, NotFoundError
 from pipeline.schema import (
     CLASSES,
     DEPARTED,
-    INDEX,
+    INDEXES,
     REJECTS,
     SAMPLES,
     SHARDS,
@@ -173,7 +173,12 @@ class _Proof:
             self._progress("verify", done, record.num_images)
             index = self._shard(shard, where, record.num_classes)
             if index is not None:
-                parts.append((SPLITS.index(shard["split"]), index.select(images.COLUMNS)))
+                parts.append(
+                    (
+                        SPLITS.index(shard["split"]),
+                        index.select([name for name in index.column_names if name in (*images.COLUMNS, "phash")]),
+                    )
+                )
             done += shard["num_samples"]
         self._progress("verify", done, record.num_images)
         if len(parts) < shards.num_rows:
@@ -187,7 +192,7 @@ class _Proof:
             return None
         ref = FileRef(sha256=index_name, size=_int(shard["index_size"]), num_rows=_int(shard["num_samples"]))
         path = index_path(index_name)
-        index = self.files.table(ref, INDEX, path)
+        index = self.files.table(ref, INDEXES, path)
         usable = index is not None and images.check_index(index, split, num_classes, path, self.findings)
         self._tar(tar_path(tar), tar, _int(shard["tar_size"]), index)
         return index if usable else None
@@ -219,7 +224,7 @@ class _Proof:
 
     def _reopen(self, path: str) -> pa.Table | None:
         try:
-            return ipc_to_table(self._store.read(path), INDEX, path)
+            return ipc_to_table(self._store.read(path), INDEXES, path)
         except EvenshardError:
             return None  # it was readable before: the message goes without the source path
 
@@ -228,6 +233,7 @@ class _Proof:
     def _rows(self, record: SnapshotRecord, rows: images.Rows, shards: pa.Table, rejects: pa.Table | None) -> None:
         images.check_once(rows, self._path, self.findings)
         images.check_groups(rows, self._path, self.findings)
+        images.check_lookalikes(rows, record.config.get("near_duplicates"), self._path, self.findings)
         if rejects is not None:
             images.check_rejects(rejects, rows, table_path(record.rejects.sha256), self.findings)
         listed = list(enumerate(shards.to_pylist()))

@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.ingest.neardup import MAX_DISTANCE, near_clusters
 from pipeline.ingest.shards import shard_hash
+from pipeline.ingest.units import Hashing, index_hashes
 from pipeline.keyed import text_key
 from pipeline.schema import SPLITS, Reason
 from pipeline.verify.files import RESTORE
@@ -22,7 +24,7 @@ _ROW_REASONS = frozenset({Reason.DUPLICATE_ROW, Reason.LEAK, Reason.NO_LABEL, Re
 """Reasons that reject a row of a table, whose image another row of that table may bring in."""
 
 COLUMNS = ("key", "class_id", "group", "offset", "size", "checksum", "sha256")
-"""What ``collect`` keeps of an index."""
+"""What ``collect`` keeps of an index, with ``phash`` where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +40,8 @@ class Rows:
     offset: NDArray[np.uint64]
     size: NDArray[np.uint32]
     checksum: NDArray[np.uint64]
+    phash: NDArray[np.uint64]
+    hashing: NDArray[np.int8]  # Hashing
     open_index: Callable[[int], pa.Table | None]  # to name an image; paths are not kept
 
     def name(self, row: int) -> str:
@@ -80,11 +84,14 @@ def collect(parts: Sequence[tuple[int, pa.Table]], open_index: Callable[[int], p
     columns: dict[str, Any] = {name: _join([index[name].to_numpy() for _, index in parts]) for name in COLUMNS[1:-1]}
     keys = b"".join(bytes.fromhex("".join(index["key"].to_pylist())) for _, index in parts)
     digests = b"".join(b"".join(index["sha256"].to_pylist()) for _, index in parts)
+    looks = [index_hashes(index) for _, index in parts]
     return Rows(
         first=np.cumsum([0, *counts], dtype=np.int64),
         split=np.repeat(np.array([code for code, _ in parts], np.int8), counts),
         key=np.frombuffer(keys, ">u8").astype(np.uint64),
         digest=np.frombuffer(digests, ">u8").reshape(-1, 4).astype(np.uint64),
+        phash=_join([phash for phash, _ in looks]).astype(np.uint64),
+        hashing=_join([hashing for _, hashing in looks]).astype(np.int8),
         open_index=open_index,
         **columns,
     )
@@ -120,6 +127,27 @@ def check_groups(rows: Rows, where: str, findings: Findings) -> None:
         return f"group {group[i]:016x} straddles splits: {one}, {two}; build again"
 
     findings.add_rows(Code.GROUP, where, torn, tell)
+
+
+def check_lookalikes(rows: Rows, max_distance: object, where: str, findings: Findings) -> None:
+    """Images whose perceptual hashes are within ``max_distance`` bits are of one group; None: nobody asked for it."""
+    if max_distance is None:
+        return
+    if not isinstance(max_distance, int) or not 1 <= max_distance <= MAX_DISTANCE:
+        findings.add(Code.RECORD, where, f"near_duplicates is {max_distance!r}, expected bits, 1 to {MAX_DISTANCE}")
+        return
+    unknown = rows.hashing == Hashing.UNKNOWN
+    findings.add_rows(
+        Code.GROUP, where, unknown, lambda i: f"{rows.name(i)}: its index has no perceptual hashes; build again"
+    )
+    seen = np.flatnonzero(rows.hashing == Hashing.KNOWN)
+    leader = seen[near_clusters(rows.phash[seen], max_distance=max_distance)]
+
+    def tell(i: int) -> str:
+        one, two = rows.name(int(leader[i])), rows.name(int(seen[i]))
+        return f"{one} and {two} look alike within {max_distance} bits, and are of two groups; build again"
+
+    findings.add_rows(Code.GROUP, where, rows.group[leader] != rows.group[seen], tell)
 
 
 def check_rejects(rejects: pa.Table, rows: Rows, where: str, findings: Findings) -> None:

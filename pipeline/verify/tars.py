@@ -23,6 +23,8 @@ _ROW_BLOCKS = 3  # of a row without its image: two headers and the label, a numb
 _LIMITS = Limits(max_pixels=HARD_MAX_PIXELS, max_bytes=1 << 40)
 _FIXED = {"type": tarfile.REGTYPE, "mode": 0o644, "uid": 0, "gid": 0, "mtime": 0, "uname": "", "gname": ""}
 
+_FACTS = ("width", "height", "format", "mode")
+
 Row = dict[str, Any]
 Problem = tuple[Code, str]
 
@@ -163,6 +165,6 @@ def _fact_problems(content: bytes, row: Row) -> Iterator[Problem]:
     except ImageRejected as rejected:
         yield Code.IMAGE, f"expected an image that can be read, found {rejected}"
         return
-    wrong = {name: value for name, value in facts._asdict().items() if name in row and row[name] != value}
+    wrong = {name: value for name, value in facts._asdict().items() if name in _FACTS and row[name] != value}
     if wrong:
         yield Code.IMAGE, f"expected {', '.join(f'{name} {row[name]!r}' for name in wrong)}, found {wrong}"
