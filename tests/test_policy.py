@@ -23,6 +23,7 @@ SHAPES = [
     "oversample:floor=q0.5",
     "undersample:ceiling=7",
     "undersample:ceiling=mean,frozen",
+    "clip:floor=2,ceiling=5*mean",
     "balanced",
     "power:alpha=0.5",
     "power:alpha=0",

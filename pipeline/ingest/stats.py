@@ -17,12 +17,10 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import UsageError
+from pipeline.plan.shots import FEW_BELOW, MANY_ABOVE
 from pipeline.schema import CLASSES, SPLITS
 
 IntArray = NDArray[np.int64]
-
-MANY_ABOVE, FEW_BELOW = 100, 20
-"""Many-shot above 100 training images, few-shot below 20: Liu et al., CVPR 2019, and the long-tail papers since."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

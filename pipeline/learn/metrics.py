@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.plan.shots import FEW_BELOW, MANY_ABOVE
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
-
-MANY_ABOVE, FEW_BELOW = 100, 20
-"""Many-shot above 100 training images, few-shot below 20: Liu et al., CVPR 2019, and the long-tail papers since."""
 
 
 def per_class_recall(labels: Ints, predictions: Ints, num_classes: int) -> Floats:

@@ -24,9 +24,9 @@ MAX_INTEGER = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """``read`` raises ValueError where the value is not what ``expects`` says."""
+    """``read`` raises ValueError where a value is not what ``expects`` says; None where it says nothing."""
 
-    read: Callable[[object], Value]
+    read: Callable[[object], Value | None]
     expects: str
     default: Value | None = None
     required: bool = False
@@ -58,13 +58,28 @@ def number(expects: str, valid: Callable[[Decimal], bool], default: str | None =
 
 def level(default: str | None = None) -> Parameter:
     """A number of images, or a statistic of the counts: ``mean``, ``q0.9``, ``10*mean``."""
-    expects = "a number of images, min, max, mean, median, a quantile such as q0.9, or a multiple such as 10*mean"
+    expects = (
+        "a number of images, min, max, mean, median, a quantile such as q0.9, or a multiple of one such as 10*mean or "
+        "min/0.3"
+    )
     return Parameter(read=_read_level, expects=expects, default=default)
 
 
 def flag() -> Parameter:
     """True or false, kept as 1 or 0; false by default."""
     return Parameter(read=_read_flag, expects="true or false", default=0)
+
+
+def choice(default: str, *others: str) -> Parameter:
+    """One of some words. The default is what an absent parameter means, and is kept as absent: one form for each."""
+
+    def read(value: object) -> str | None:
+        word = re.sub(r"[ _]+", "-", str(value).strip().lower())
+        if word not in (default, *others):
+            raise ValueError(value)
+        return None if word == default else word
+
+    return Parameter(read=read, expects=f"one of {', '.join((default, *others))}")
 
 
 def table() -> Parameter:
@@ -90,14 +105,15 @@ def _text(number: Decimal) -> str:
 
 
 def _read_level(value: object) -> Value:
-    match = re.fullmatch(r"(?:(.+)\*)?(?:(min|max|mean|median)|q(.+))", str(value).strip())
+    match = re.fullmatch(r"(?:([^*/]+)\*)?(?:(min|max|mean|median)|q([^*/]+))(?:/([^*/]+))?", str(value).strip())
     if match is None:
-        return integer(1).read(value)
-    factor, share = _decimal(match[1] or "1"), _decimal(match[3] or "0.5")
-    if factor <= 0 or not 0 <= share <= 1:
+        return cast(int, integer(1).read(value))
+    factor, share, divisor = (_decimal(match[place] or missing) for place, missing in ((1, "1"), (3, "0.5"), (4, "1")))
+    if factor <= 0 or divisor <= 0 or not 0 <= share <= 1:
         raise ValueError(value)
     name = match[2] if match[2] in ("min", "max", "mean") else f"q{_text(share)}"
-    return name if factor == 1 else f"{_text(factor)}*{name}"
+    above, below = ("" if factor == 1 else f"{_text(factor)}*"), ("" if divisor == 1 else f"/{_text(divisor)}")
+    return f"{above}{name}{below}"
 
 
 def _read_flag(value: object) -> Value:
