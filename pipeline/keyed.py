@@ -8,6 +8,7 @@ never from a global or an added seed: purposes are told apart by hashing (seed, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,13 @@ def derive(key: int, *parts: int) -> int:
 def text_key(text: str) -> int:
     """The key of a sample by its relative path: the first 8 bytes of SHA-256, big endian."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def text_keys(texts: Sequence[str]) -> U64:
+    """`text_key` of each of these, uint64 [n]; all of them must be valid text."""
+    sha256 = hashlib.sha256
+    digests = b"".join([sha256(text.encode()).digest() for text in texts])
+    return np.frombuffer(digests, ">u8")[::4].astype(np.uint64)
 
 
 def permute(key: U64, x: I64, size: I64, side: U64 | None = None) -> I64:

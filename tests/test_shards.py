@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.ingest.shards import TarWriter, leaves, shard_hash, tar_header
+from pipeline.ingest.tar_writer import sample_headers
 
 MEMBERS = [
     ("00ff.cls", b"7"),
@@ -48,6 +49,32 @@ def test_close_returns_the_hash_of_the_whole_file() -> None:
     tar.add("a.jpg", b"1")
     assert tar.close() == hashlib.sha256(stream.getvalue()).hexdigest()
     assert tar.size == len(stream.getvalue())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_laid_out_together_are_members_added_one_by_one(seed: int) -> None:
+    """Any mixture of keys, labels, extensions on both sides of "cls", sizes around a block, other members between."""
+    rng = np.random.default_rng(seed)
+    together, singly = io.BytesIO(), io.BytesIO()
+    one, other = TarWriter(together), TarWriter(singly)
+    for number in range(700):
+        key = int(rng.integers(0, 2**64, dtype=np.uint64))
+        class_id = int(rng.choice([0, 9, 10, 123_456, 2**31 - 1]))
+        extension = str(rng.choice(["bmp", "gif", "jpg", "png", "tif", "webp"]))
+        data = rng.bytes(int(rng.choice([0, 1, 511, 512, 513, 9000])))
+        members = {f"{key:016x}.cls": b"%d" % class_id, f"{key:016x}.{extension}": data}
+        offsets = {name: other.add(name, members[name]) for name in sorted(members)}
+        assert one.add_sample(key, class_id, extension, data) == offsets[f"{key:016x}.{extension}"]
+        if number % 100 == 0:
+            assert one.add("note.txt", b"x") == other.add("note.txt", b"x")
+    assert one.close() == other.close()
+    assert together.getvalue() == singly.getvalue()
+    assert one.size == len(singly.getvalue()) > 1 << 20  # more than is kept back before it is written
+
+
+def test_a_sample_that_ustar_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="under 8 GiB"):
+        sample_headers([1], [0], ["jpg"], [8**11])
 
 
 def test_a_name_that_ustar_cannot_hold_is_refused() -> None:

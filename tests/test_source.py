@@ -27,9 +27,10 @@ import pytest
 from pipeline.config import make_config
 from pipeline.errors import SourceError
 from pipeline.images import ImageRejected
-from pipeline.ingest import source_files, source_rows
+from pipeline.ingest import source_files, source_rows, source_trouble
 from pipeline.ingest.source import Listing, list_source
-from pipeline.ingest.source_files import SourceReader, open_place
+from pipeline.ingest.source_files import open_place
+from pipeline.ingest.source_reader import SourceReader
 from pipeline.ingest.source_rows import sort_labels
 from pipeline.ingest.source_table import below
 from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, Reason
@@ -248,7 +249,8 @@ def test_one_class_name_under_two_parents_in_two_splits_is_one_class(folder: Pat
 
 def test_two_paths_of_one_key_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(folder, "a/1.jpg", "a/2.jpg", "a/3.jpg")
-    monkeypatch.setattr(source_rows, "text_key", lambda text: 7 if text != "a/3.jpg" else 8)
+    keys = {"a/1.jpg": 7, "a/2.jpg": 7, "a/3.jpg": 8}
+    monkeypatch.setattr(source_rows, "text_keys", lambda texts: np.array([keys[text] for text in texts], np.uint64))
     assert "'a/1.jpg' and 'a/2.jpg' have the same 64-bit key" in refusal(folder)
 
 
@@ -549,7 +551,7 @@ def test_reading_refuses_with_a_reason(folder: Path, tmp_path: Path) -> None:
 def test_a_transient_error_is_retried_and_a_lasting_one_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(folder, "a/1.jpg")
     pauses: list[float] = []
-    monkeypatch.setattr(source_files.time, "sleep", pauses.append)
+    monkeypatch.setattr(source_trouble.time, "sleep", pauses.append)
     failures = [OSError(5, "Input/output error")] * 2
     really_open = os.open
 
@@ -562,7 +564,7 @@ def test_a_transient_error_is_retried_and_a_lasting_one_told(folder: Path, monke
     reader = SourceReader(open_place(str(folder)), 1000)
     assert reader.read("a/1.jpg") == b"xa/1.jpg"
     assert len(pauses) == 2
-    failures.extend([OSError(5, "Input/output error")] * (1 + len(source_files.RETRY_PAUSES_S)))
+    failures.extend([OSError(5, "Input/output error")] * (1 + len(source_trouble.RETRY_PAUSES_S)))
     assert refused(reader, "a/1.jpg") == Reason.UNREADABLE
 
 

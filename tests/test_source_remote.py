@@ -22,7 +22,7 @@ from serial_engine import serial_engine
 
 import pipeline
 from pipeline.errors import SourceError
-from pipeline.ingest import source_files, source_streams
+from pipeline.ingest import source_files, source_streams, source_trouble
 from pipeline.ingest.source_files import open_place
 from pipeline.ingest.source_streams import Listed, open_listed
 from pipeline.store import remote
@@ -44,8 +44,9 @@ def faults(seed: int, share: float = 0.25) -> Plan:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seconds become hundredths, blocks small, and no connection outlives its test."""
-    for module, pauses in ((remote, "PAUSES"), (source_files, "RETRY_PAUSES_S")):
+    for module, pauses in ((remote, "PAUSES"), (source_trouble, "RETRY_PAUSES_S")):
         monkeypatch.setattr(module, pauses, (0.01, 0.02, 0.03, 0.04, 0.05))
+    for module in (remote, source_files):
         monkeypatch.setattr(module, "STALL_S", STALL_S)
     monkeypatch.setattr(source_streams, "BLOCK_BYTES", BLOCK_BYTES)
     forget_connections()

@@ -76,6 +76,11 @@ class Inspector:
         if self._memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, self._memory)
 
+    @property
+    def hashed(self) -> bool:
+        """Whether facts carry a perceptual hash."""
+        return self._inspection.hashed
+
     def inspect(self, data: bytes, name: str) -> Facts:
         """Facts of the image, or ImageRejected. ``name`` is for messages only.
 

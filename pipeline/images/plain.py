@@ -29,28 +29,49 @@ _PNG_DEFERRED = frozenset((b"IHDR", b"acTL", b"fcTL", b"fdAT"))
 _PNG_SHORTEST = {b"pHYs": 9, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32, b"tIME": 0, b"bKGD": 0, b"sBIT": 0, b"eXIf": 0}
 
 
+_MAX_HEADS, _MAX_HEAD_BYTES = 1024, 2048
+_heads: dict[bytes, Facts] = {}
+"""What was found in everything before the scan: encoders write the same tables into thousands of images."""
+
+
 def plain_jpeg(data: bytes) -> Facts | None:
     """Facts of a baseline or progressive JPEG without fill bytes, EXIF or other cleverness."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    frame, position, length, last = b"", 2, 0, len(data) - 4
+    scan = data.find(b"\xff\xda", 2, _MAX_HEAD_BYTES)
+    facts = _heads.get(data[:scan]) if scan > 0 else None
+    if facts is None:
+        position, facts = _jpeg_head(data)
+        if facts is None:
+            return None
+        if position == scan:  # else these two bytes stood within a segment
+            if len(_heads) >= _MAX_HEADS:
+                _heads.clear()
+            _heads[data[:scan]] = facts
+        scan = position
+    # The scan's own header, then coded pixels, within which the bytes FF D9 cannot occur (FF is stuffed).
+    if scan + 4 > len(data) or scan + 2 + (data[scan + 2] << 8 | data[scan + 3]) > len(data):
+        return None
+    return facts if data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", scan) >= 0 else None
+
+
+def _jpeg_head(data: bytes) -> tuple[int, Facts | None]:
+    """Where the first scan starts, and what the segments before it say; they decide both."""
+    frame, position, last = b"", 2, len(data) - 4
     while position <= last:
         marker, length = data[position + 1], data[position + 2] << 8 | data[position + 3]
         if data[position] != 0xFF:
-            return None
+            return position, None
         if marker == 0xDA:
-            break
+            return position, _frame_facts(frame)
         if 0xC0 <= marker <= 0xC2:
             if frame:
-                return None
+                return position, None
             frame = data[position + 4 : position + 2 + length]
         elif marker not in _SKIPPED and not _is_harmless(marker, data[position + 4 : position + 2 + length]):
-            return None
+            return position, None
         position += 2 + length
-    # The scan's own header, then coded pixels, within which the bytes FF D9 cannot occur (FF is stuffed).
-    if position > last or position + 2 + length > len(data):
-        return None
-    return _frame_facts(frame) if data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", position) >= 0 else None
+    return position, None
 
 
 def _is_harmless(marker: int, body: bytes) -> bool:

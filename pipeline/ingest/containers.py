@@ -22,9 +22,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.images import Facts, ImageRejected, Inspection, Inspector
+from pipeline.images import Inspection
 from pipeline.ingest.known import Notes
-from pipeline.ingest.shards import ShardWriter, index_table
+from pipeline.ingest.shards import Packer, ShardWriter
 from pipeline.ingest.source import Container, ContainerReader, Listing, twins
 from pipeline.ingest.source_items import Offered, Refused
 from pipeline.ingest.source_rows import Rows, sort_labels
@@ -75,69 +75,57 @@ def pack_container(
     root: str, unit: ContainerUnit, reader: ContainerReader, inspection: Inspection, *, attempt: int
 ) -> Iterator[int | UnitRecord]:
     """Read a container once: hash, check, write what is accepted into a provisional tar."""
-    store, intake = Store.open(root), _Intake()
+    store = Store.open(root)
     told = 0
     with ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
+        intake = _Intake(Packer(writer, inspector))
+        packer = intake.packer
         for item in reader.items(unit.container):
             if isinstance(item, Refused):
                 intake.refused.append((item.path, str(item.reason), item.detail, item.label, item.split))
                 continue
-            intake.take(writer, item, inspector)
-            if intake.num_images - told == _TELL_EVERY:
-                told = intake.num_images
+            intake.take(item)
+            if packer.num_images - told == _TELL_EVERY:
+                told = packer.num_images
                 yield _TELL_EVERY
-        tar, index = writer.finish(index_table(intake.rows, hashed=inspection.hashed))
-    yield intake.num_images - told
-    yield put_unit_record(
-        store,
-        UnitRecord(
-            digest=unit.digest,
-            tar=tar,
-            index=index,
-            rejects=tuple(intake.rejects),
-            num_images=intake.num_images,
-            num_bytes=intake.num_bytes,
-            contents={"labels": list(intake.codes), "rejected": intake.rejected, "refused": intake.refused},
-        ),
-    )
+        tar, index = writer.finish(intake.index())
+    yield packer.num_images - told
+    contents = {"labels": list(intake.codes), "rejected": intake.rejected, "refused": intake.refused}
+    yield put_unit_record(store, packer.record(unit.digest, tar, index, contents))
 
 
 @dataclass
 class _Intake:
     """What a task has met in its container so far."""
 
+    packer: Packer
     codes: dict[str, int] = field(default_factory=dict[str, int])
-    rows: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])  # HASHED_INDEX
-    rejects: list[tuple[str, str, str, str]] = field(default_factory=list[tuple[str, str, str, str]])
     rejected: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     """Of each reject: code of its label, split, group, size."""
     refused: list[tuple[str, str, str, str, int]] = field(default_factory=list[tuple[str, str, str, str, int]])
-    num_images: int = 0
-    num_bytes: int = 0
+    _rows: list[tuple[str, int, str, int]] = field(default_factory=list[tuple[str, int, str, int]])
+    """Path, class, split and group of what was accepted."""
 
-    def take(self, writer: ShardWriter, item: Offered, inspector: Inspector) -> None:
+    def take(self, item: Offered) -> None:
         """One sample becomes a row or a reject."""
-        self.num_images += 1
-        self.num_bytes += len(item.data)
         code = self.codes.setdefault(item.label, len(self.codes))
-        number = text_key(item.path)
-        group = number if item.group is None else item.group
-        digest = hashlib.sha256(item.data).digest()
-        try:
-            facts = inspector.inspect(item.data, item.path)
-        except ImageRejected as rejected:
-            self.rejects.append((item.path, str(rejected.reason), rejected.detail, digest.hex()))
+        key = text_key(item.path)
+        group = key if item.group is None else item.group
+        if self.packer.take(item.path, key, code, item.data, len(item.data)):
+            split = "" if item.split == SPLIT_UNSET else SPLITS[item.split]
+            self._rows.append((item.path, -1 - code, split, group))
+        else:
             self.rejected.append((code, item.split, group, len(item.data)))
-            return
-        key = f"{number:016x}"
-        offset = writer.add(key, code, facts.format, item.data)
-        place = (offset, len(item.data), xxhash.xxh3_64_intdigest(item.data))
-        split = "" if item.split == SPLIT_UNSET else SPLITS[item.split]
-        self.rows.append((key, item.path, -1 - code, split, *place, *_shape(facts), digest, group, facts.phash))
 
-
-def _shape(facts: Facts) -> tuple[int, int, str, str]:
-    return facts.width, facts.height, facts.format, facts.mode
+    def index(self) -> pa.Table:
+        """INDEX of what was accepted."""
+        path, class_id, split, group = zip(*self._rows, strict=True) if self._rows else ((),) * 4
+        return self.packer.index(
+            pa.array(path, pa.string()),
+            pa.array(class_id, pa.int32()),
+            pa.array(split, pa.string()),
+            pa.array(group, pa.uint64()),
+        )
 
 
 # ---- In the driver

@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
 from pipeline.images import Facts, ImageRejected, Inspection, Inspector
 from pipeline.ingest.source import SourceReader
@@ -30,9 +31,10 @@ from pipeline.store import ShardReader, Store, read_image, table_to_ipc
 
 __all__ = [
     "Leaf",
+    "Packer",
     "ShardWriter",
     "TarWriter",
-    "index_table",
+    "key_column",
     "leaves",
     "pack_source",
     "repack",
@@ -47,24 +49,109 @@ def pack_source(
     root: str, unit: Unit, reader: SourceReader, inspection: Inspection, *, attempt: int
 ) -> Iterator[int | UnitRecord]:
     """Read the members of ``unit`` from the source once: hash, check, write."""
-    store, intake = Store.open(root), _Intake()
+    store, members = Store.open(root), unit.members
     with ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
-        for number, _ in enumerate(intake.fill(writer, unit, reader, inspector), 1):
-            if number % _TELL_EVERY == 0:
+        packer = Packer(writer, inspector)
+        columns = [members.column(name).to_pylist() for name in ("path", "key", "class_id", "size")]
+        packed: list[int] = []
+        for row, (path, key, class_id, size, data) in enumerate(
+            zip(*columns, reader.read_all(columns[0], columns[3]), strict=True)
+        ):
+            if packer.take(path, key, class_id, data, size):
+                packed.append(row)
+            if row % _TELL_EVERY == _TELL_EVERY - 1:
                 yield _TELL_EVERY
-        tar, index = writer.finish(index_table(intake.rows, hashed=inspection.hashed))
+        taken = members.take(pa.array(packed, pa.int64()))
+        split = pa.repeat(pa.scalar(unit.split), len(packed))
+        tar, index = writer.finish(packer.index(taken["path"], taken["class_id"], split, taken["group"]))
     yield unit.num_members % _TELL_EVERY
-    yield put_unit_record(
-        store,
-        UnitRecord(
-            digest=unit.digest,
+    yield put_unit_record(store, packer.record(unit.digest, tar, index))
+
+
+class Packer:
+    """Takes images into a shard one by one, in the order of their keys: each becomes a row, or a reject."""
+
+    def __init__(self, writer: ShardWriter, inspector: Inspector) -> None:
+        self._writer, self._inspector = writer, inspector
+        self._schema = HASHED_INDEX if inspector.hashed else INDEX
+        self._keys, self._offsets, self._sizes, self._checksums = array("Q"), array("Q"), array("I"), array("Q")
+        self._digests: list[bytes] = []
+        self._facts: list[Facts] = []
+        self._num_images = self._num_bytes = 0
+        self.rejects: list[tuple[str, str, str, str]] = []
+        """(path, reason, detail, sha256 as hex) of each"""
+
+    @property
+    def num_images(self) -> int:
+        """Read so far, good or bad."""
+        return self._num_images
+
+    def take(self, path: str, key: int, class_id: int, data: bytes | ImageRejected, size: int) -> bool:
+        """Whether the image was accepted. ``size`` is what the listing said of it."""
+        digest = b""
+        try:
+            if not isinstance(data, bytes):
+                raise data
+            self._num_images += 1
+            self._num_bytes += len(data)
+            digest = hashlib.sha256(data).digest()
+            if len(data) != size:
+                raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
+            facts = self._inspector.inspect(data, path)
+        except ImageRejected as rejected:
+            self.rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
+            return False
+        self._offsets.append(self._writer.add(key, class_id, facts.format, data))
+        self._checksums.append(xxhash.xxh3_64_intdigest(data))
+        self._keys.append(key)
+        self._sizes.append(size)
+        self._digests.append(digest)
+        self._facts.append(facts)
+        return True
+
+    def index(
+        self, path: pa.ChunkedArray, class_id: pa.ChunkedArray, split: pa.Array, group: pa.ChunkedArray
+    ) -> pa.Table:
+        """INDEX, or HASHED_INDEX, of what was accepted; the columns given are of the same images, in the same order."""
+        width, height, extension, mode, phash = zip(*self._facts, strict=True) if self._facts else ((),) * 5
+        columns = {
+            "key": key_column(np.frombuffer(self._keys, np.uint64)),
+            "path": path,
+            "class_id": class_id,
+            "split": split,
+            "offset": pa.array(np.frombuffer(self._offsets, np.uint64)),
+            "size": pa.array(np.frombuffer(self._sizes, np.uint32)),
+            "checksum": pa.array(np.frombuffer(self._checksums, np.uint64)),
+            "width": pa.array(width, pa.uint32()),
+            "height": pa.array(height, pa.uint32()),
+            "format": pa.array(extension, pa.string()),
+            "mode": pa.array(mode, pa.string()),
+            "sha256": pa.array(self._digests, pa.binary(32)),
+            "group": group,
+            "phash": pa.array(phash, pa.uint64()),
+        }
+        return pa.table([columns[name] for name in self._schema.names], schema=self._schema).combine_chunks()
+
+    def record(
+        self, digest: str, tar: FileRef | None, index: FileRef | None, contents: Mapping[str, Any] | None = None
+    ) -> UnitRecord:
+        """What came of a unit."""
+        return UnitRecord(
+            digest=digest,
             tar=tar,
             index=index,
-            rejects=tuple(intake.rejects),
-            num_images=intake.num_images,
-            num_bytes=intake.num_bytes,
-        ),
-    )
+            rejects=tuple(self.rejects),
+            num_images=self._num_images,
+            num_bytes=self._num_bytes,
+            contents=contents or {},
+        )
+
+
+def key_column(keys: NDArray[np.uint64]) -> pa.Array:
+    """Keys as INDEX spells them, 16 hexadecimal digits each."""
+    text = keys.astype(">u8").tobytes().hex().encode()
+    offsets = np.arange(0, len(text) + 1, 16, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
 
 
 def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecord]:
@@ -78,7 +165,7 @@ def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecor
         offsets = np.empty(rows.num_rows, np.uint64)
         for number, (key, class_id, extension, offset, size, checksum) in enumerate(zip(*columns, strict=True)):
             data = read_image(reader, tars[number], offset, size, checksum, key)
-            offsets[number] = writer.add(key, class_id, extension, data)
+            offsets[number] = writer.add(int(key, 16), class_id, extension, data)
         tar, index = writer.finish(_with_column(rows, "offset", pa.array(offsets)))
     yield unit.num_members
     yield put_unit_record(store, UnitRecord(digest=unit.digest, tar=tar, index=index))
@@ -101,42 +188,6 @@ def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(INDEX.get_field_index(name), INDEX.field(name), values)
 
 
-@dataclass
-class _Intake:
-    """What a unit has met in the source so far."""
-
-    rejects: list[tuple[str, str, str, str]] = field(default_factory=list)
-    rows: list[tuple[Any, ...]] = field(default_factory=list)  # HASHED_INDEX
-    num_images: int = 0
-    num_bytes: int = 0
-
-    def fill(self, writer: ShardWriter, unit: Unit, reader: SourceReader, inspector: Inspector) -> Iterator[None]:
-        """Take in the members one by one, in order: each becomes a row, or a reject."""
-        columns = [unit.members.column(name).to_pylist() for name in ("path", "key", "class_id", "group", "size")]
-        for path, number, class_id, group, size in zip(*columns, strict=True):
-            digest = b""
-            try:
-                data = reader.read(path)
-                self.num_images += 1
-                self.num_bytes += len(data)
-                digest = hashlib.sha256(data).digest()
-                if len(data) != size:
-                    raise ImageRejected(Reason.CHANGED, f"listed with {size} bytes, read {len(data)}")
-                facts = inspector.inspect(data, path)
-            except ImageRejected as rejected:
-                self.rejects.append((path, str(rejected.reason), rejected.detail, digest.hex()))
-            else:
-                key = f"{number:016x}"
-                offset = writer.add(key, class_id, facts.format, data)
-                place = (offset, size, xxhash.xxh3_64_intdigest(data))
-                self.rows.append((key, path, class_id, unit.split, *place, *_shape(facts), digest, group, facts.phash))
-            yield
-
-
-def _shape(facts: Facts) -> tuple[int, int, str, str]:
-    return facts.width, facts.height, facts.format, facts.mode
-
-
 class ShardWriter:
     """Tar and index of one shard. Samples come sorted by key; nothing is stored before ``finish``."""
 
@@ -157,16 +208,10 @@ class ShardWriter:
             self._stream.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, key: str, class_id: int, extension: str, data: bytes) -> int:
+    def add(self, key: int, class_id: int, extension: str, data: bytes) -> int:
         """Append an image and its label; returns the offset of the image bytes."""
-        label = b"%d" % class_id
         try:
-            if extension < "cls":
-                offset = self._tar.add(f"{key}.{extension}", data)
-                self._tar.add(f"{key}.cls", label)
-                return offset
-            self._tar.add(f"{key}.cls", label)
-            return self._tar.add(f"{key}.{extension}", data)
+            return self._tar.add_sample(key, class_id, extension, data)
         except OSError as error:  # a context manager around every image would cost more
             self._explain(error)
 
@@ -188,11 +233,3 @@ class ShardWriter:
     def _explain(self, error: OSError) -> NoReturn:
         with self._store.explained("write", f"staging/{os.path.basename(self._folder)}/{os.path.basename(self._path)}"):
             raise error
-
-
-def index_table(rows: list[tuple[Any, ...]], *, hashed: bool = False) -> pa.Table:
-    """INDEX of rows in the column order of HASHED_INDEX; their last column only if ``hashed``."""
-    schema = HASHED_INDEX if hashed else INDEX
-    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in HASHED_INDEX]
-    arrays = [pa.array(values, item.type) for values, item in zip(columns[: len(schema)], schema, strict=True)]
-    return pa.table(arrays, schema=schema)

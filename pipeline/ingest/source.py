@@ -27,9 +27,10 @@ from pipeline.ingest.source_containers import (
     mixture,
     parquet_holds_images,
 )
-from pipeline.ingest.source_files import Place, SourceReader, kind_of, open_place
+from pipeline.ingest.source_files import Place, kind_of, open_place
 from pipeline.ingest.source_folder import FolderListing
 from pipeline.ingest.source_items import Fields, container_kind
+from pipeline.ingest.source_reader import SourceReader
 from pipeline.ingest.source_rows import Rows
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
 from pipeline.schema import REFERENCES

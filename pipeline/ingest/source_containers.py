@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.ingest.source_files import Found, Place, list_folder_entries, look_at
+from pipeline.ingest.source_files import Place, list_folder_entries, look_at
 from pipeline.ingest.source_items import ContainerKind, Fields, Item, Refused, container_kind
+from pipeline.ingest.source_local import Found
 from pipeline.ingest.source_parquet import (
     PART_BYTES,
     Part,

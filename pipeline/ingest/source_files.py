@@ -8,42 +8,43 @@ a detail that holds no place, so that a copy of the source elsewhere gives the s
 
 from __future__ import annotations
 
-import errno
 import os
 import posixpath
 import stat
-import struct
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from itertools import islice
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 import xxhash
 
 from pipeline.errors import MissingExtraError, SourceError
-from pipeline.images import ImageRejected
+from pipeline.ingest.source_local import (
+    CHUNK_FILES,
+    Entries,
+    Found,
+    judge,
+    judge_link,
+    lies_within,
+    problem,
+    scan,
+)
+from pipeline.ingest.source_trouble import NoRangesError, as_rejection, attempt, is_doubtful
 from pipeline.schema import Reason
 from pipeline.store import redact
 
 PROTOCOLS = ("file", "s3", "gs", "gcs", "az", "abfs", "http", "https", "memory")
-RETRY_PAUSES_S = (0.1, 0.3, 0.9, 2.7, 8.1)
-"""Before the second and each later attempt, as `store` waits for ROOT."""
 STALL_S = 20.0
 """A connection that brings no byte for so long has failed."""
 NUM_REQUESTS = 16
 """Concurrent questions to a server that lists no sizes."""
 
-_TRANSIENT = frozenset(
-    (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
-)
-_ABSENT = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP))
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ETAG_NAMES = (
     "ETag",
     "etag",
@@ -55,8 +56,6 @@ _ETAG_NAMES = (
     "mtime",
     "created",
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,39 +99,7 @@ class Place:
 
     def holds(self, other: Place) -> bool:
         """Whether ``other`` is this place or lies below it."""
-        return self.protocol == other.protocol and _lies_within(other.path, self.path)
-
-
-class Found(NamedTuple):
-    """One entry of a folder. ``problem`` says why it is no candidate."""
-
-    name: str
-    is_folder: bool = False
-    size: int = 0
-    fingerprint: int = 0
-    problem: Reason | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class SourceReader:
-    """Reads files of one place; travels to workers."""
-
-    place: Place
-    max_bytes: int
-
-    def read(self, path: str) -> bytes:
-        """The bytes of the file at ``path``, relative to the place."""
-        try:
-            if self.place.is_local:
-                return _attempt(lambda: _read_local(self.place.path, path, self.max_bytes), _is_transient)
-            return _attempt(
-                lambda: bytes(filesystem(self.place.protocol).cat_file(self.place.join(path))), _is_doubtful
-            )
-        except (ImageRejected, MissingExtraError, MemoryError):
-            raise
-        except Exception as error:  # clients of object stores raise what they like; the file is unreadable all the same
-            raise _as_rejection(error) from error
+        return self.protocol == other.protocol and lies_within(other.path, self.path)
 
 
 def open_place(text: str) -> Place:
@@ -163,7 +130,7 @@ def filesystem(protocol: str) -> Any:
         extra = " Install `evenshard[s3]`." if protocol == "s3" else ""
         raise MissingExtraError(f"{protocol}:// needs a package that is not installed: {error}.{extra}") from error
     if protocol == "s3":
-        found.retries = 1  # trying again is `_attempt`'s: otherwise attempts would multiply
+        found.retries = 1  # trying again is `attempt`'s: otherwise attempts would multiply
     return found
 
 
@@ -184,8 +151,14 @@ def _connection_options(protocol: str) -> dict[str, Any]:
 
 def list_folder_entries(place: Place, folder: str) -> Iterator[Found]:
     """What lies directly in ``folder`` (relative), in any order; nothing of it is kept."""
+    for part in list_folder(place, folder):
+        yield from part.each()
+
+
+def list_folder(place: Place, folder: str) -> Iterator[Entries]:
+    """The same, part by part: regular files in columns."""
     try:
-        yield from _scan_local(place, folder) if place.is_local else _list_remote(place, folder)
+        yield from scan(place.path, folder) if place.is_local else _in_parts(_list_remote(place, folder))
     except FileNotFoundError as error:
         raise SourceError(f"{place.shown}: folder {folder!r} went away while it was listed; run again") from error
     except OSError as error:
@@ -213,14 +186,14 @@ class FileFinder:
         folder, full = posixpath.dirname(path), f"{self._place.path}/{path}"
         if folder not in self._folders:
             real = os.path.realpath(f"{self._place.path}/{folder}") if "\0" not in folder else self._place.path
-            self._folders[folder] = _lies_within(real, self._place.path)
+            self._folders[folder] = lies_within(real, self._place.path)
         if not self._folders[folder]:
             return Found(path, problem=Reason.OUTSIDE_ROOT, detail="a link on the way leads out of the images' folder")
         try:
             status = os.lstat(full)
-            return _judge_link(self._place.path, full, path) if stat.S_ISLNK(status.st_mode) else _judge(path, status)
+            return judge_link(self._place.path, full, path) if stat.S_ISLNK(status.st_mode) else judge(path, status)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            return _problem(path, error)
+            return problem(path, error)
 
     def _find_listed(self, path: str) -> Found:
         folder, name = posixpath.split(path)
@@ -243,14 +216,10 @@ def local_copy(place: Place) -> Generator[str]:
     with tempfile.TemporaryDirectory(prefix="evenshard-table-") as folder:
         copy = f"{folder}/table"
         try:
-            _attempt(lambda: filesystem(place.protocol).get_file(place.join(""), copy), _is_doubtful)
+            attempt(lambda: filesystem(place.protocol).get_file(place.join(""), copy), is_doubtful)
         except Exception as error:  # any client error, already retried
-            raise SourceError(f"{place.shown} cannot be read: {redact(_as_rejection(error).detail)}") from error
+            raise SourceError(f"{place.shown} cannot be read: {redact(as_rejection(error).detail)}") from error
         yield copy
-
-
-class NoRangesError(Exception):
-    """A web server sends whole files only."""
 
 
 def fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:
@@ -259,11 +228,11 @@ def fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:
     A server without ranges is noticed (``NoRangesError``) where ``start`` > 0.
     """
     try:
-        return _attempt(lambda: _fetch_range(place, path, start, stop), _is_doubtful)
+        return attempt(lambda: _fetch_range(place, path, start, stop), is_doubtful)
     except (NoRangesError, MissingExtraError, MemoryError):
         raise
     except Exception as error:  # clients of object stores raise what they like
-        raise _as_rejection(error) from error
+        raise as_rejection(error) from error
 
 
 def _fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:
@@ -288,9 +257,9 @@ def look_at(place: Place, path: str) -> Found:
     if path:
         return FileFinder(place).find([path])[0]
     try:
-        return _judge(place.name, os.stat(place.path))
+        return judge(place.name, os.stat(place.path))
     except OSError as error:
-        return _problem(place.name, error)
+        return problem(place.name, error)
 
 
 def kind_of(place: Place) -> str:
@@ -300,7 +269,7 @@ def kind_of(place: Place) -> str:
     if place.is_local:
         return "folder" if os.path.isdir(place.path) else "file" if os.path.isfile(place.path) else "missing"
     try:
-        info = _attempt(lambda: filesystem(place.protocol).info(place.path), _is_doubtful)
+        info = attempt(lambda: filesystem(place.protocol).info(place.path), is_doubtful)
     except FileNotFoundError:
         return "missing"
     except Exception as error:  # credentials, network: say so instead of "missing"
@@ -308,104 +277,26 @@ def kind_of(place: Place) -> str:
     return "folder" if info["type"] == "directory" else "file"
 
 
-# --- Local ---
-
-
-def _scan_local(place: Place, folder: str) -> Iterator[Found]:
-    with os.scandir(place.join(folder)) as entries:
-        for entry in entries:
-            yield _examine(place.path, entry)
-
-
-def _examine(root: str, entry: os.DirEntry[str]) -> Found:
-    try:
-        if entry.is_symlink():
-            return _judge_link(root, entry.path, entry.name)
-        if entry.is_dir(follow_symlinks=False):
-            return Found(entry.name, is_folder=True)
-        return _judge(entry.name, entry.stat(follow_symlinks=False))
-    except OSError as error:
-        return _problem(entry.name, error)
-
-
-def _judge_link(root: str, full: str, name: str) -> Found:
-    real = os.path.realpath(full)
-    if os.path.isdir(real):
-        return Found(name, problem=Reason.SYMLINK, detail="a link to a folder is not followed")
-    if not _lies_within(real, root):
-        return Found(name, problem=Reason.OUTSIDE_ROOT, detail="a link out of the source is not followed")
-    return _judge(name, os.stat(full))
-
-
-def _judge(name: str, status: os.stat_result) -> Found:
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        return Found(name, problem=Reason.UNREADABLE, detail=f"{what}, not a file")
-    # The change time and the inode tell what a copied, moved or unpacked file with an old mtime would hide.
-    token = struct.pack("<qqqQ", status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return Found(name, size=status.st_size, fingerprint=xxhash.xxh3_64_intdigest(token))
-
-
-def _problem(name: str, error: OSError | ValueError) -> Found:
-    rejection = _as_rejection(error)
-    return Found(name, problem=rejection.reason, detail=rejection.detail)
-
-
-def _read_local(root: str, path: str, max_bytes: int) -> bytes:
-    """All of a file, by system calls alone: a file object would cost as much as the read."""
-    descriptor, size = _open_within(root, path)
-    try:
-        if size > max_bytes:
-            raise ImageRejected(Reason.TOO_LARGE, f"{size} bytes, the limit is {max_bytes}")
-        data = os.read(descriptor, size + 1)
-        while len(data) < size and (more := os.read(descriptor, size + 1 - len(data))):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
-
-
-def open_within(root: str, path: str) -> BinaryIO:
-    """A regular file that really lies at or below ``root``; ``ImageRejected`` for any other."""
-    return open(_open_within(root, path)[0], "rb")
-
-
-def _open_within(root: str, path: str) -> tuple[int, int]:
-    """Its descriptor, which is the caller's, and its size."""
-    full = f"{root}/{path}" if path else root
-    descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: opening a pipe must not hang
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageRejected(Reason.UNREADABLE, "not a regular file")
-        if not _lies_within(_real_path(descriptor, full), root):
-            raise ImageRejected(Reason.OUTSIDE_ROOT, "a link out of the source is not followed")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, status.st_size
-
-
-def _real_path(descriptor: int, full: str) -> str:
-    """Where an open file really lies; the kernel knows it for a tenth of what resolving the name costs."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return os.path.realpath(full)
-
-
-def _lies_within(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip("/") + "/")
-
-
 # --- Remote ---
+
+
+def _in_parts(found: Iterable[Found]) -> Iterator[Entries]:
+    rest = iter(found)
+    while entries := list(islice(rest, CHUNK_FILES)):
+        part = Entries.empty()
+        for entry in entries:
+            if entry.is_folder or entry.problem is not None:
+                part.others.append(entry)
+            else:
+                part.add(entry)
+        yield part
 
 
 def _list_remote(place: Place, folder: str) -> Iterator[Found]:
     base = place.join(folder).rstrip("/")
     # The web needs the slash: without it servers redirect, and redirects are not followed.
     target = base + "/" if place.is_web else base
-    infos: list[dict[str, Any]] = _attempt(lambda: filesystem(place.protocol).ls(target, detail=True), _is_doubtful)
+    infos: list[dict[str, Any]] = attempt(lambda: filesystem(place.protocol).ls(target, detail=True), is_doubtful)
     unsized: list[tuple[str, str]] = []
     for info in infos:
         name = _child(place, str(info["name"]), base)
@@ -435,9 +326,9 @@ def _child(place: Place, full: str, base: str) -> str:
 
 def _ask(place: Place, path: str, name: str) -> Found:
     try:
-        info: dict[str, Any] = _attempt(lambda: filesystem(place.protocol).info(place.join(path)), _is_doubtful)
+        info: dict[str, Any] = attempt(lambda: filesystem(place.protocol).info(place.join(path)), is_doubtful)
     except Exception as error:  # any client error, already retried, is this one file's
-        rejection = _as_rejection(error)
+        rejection = as_rejection(error)
         return Found(name, problem=rejection.reason, detail=rejection.detail)
     if info.get("size") is None:
         return Found(name, problem=Reason.UNREADABLE, detail="the server tells no size")
@@ -448,40 +339,3 @@ def _remote_file(name: str, info: Mapping[str, Any]) -> Found:
     size = int(info["size"])
     tag = next((str(info[key]) for key in _ETAG_NAMES if info.get(key)), "")
     return Found(name, size=size, fingerprint=xxhash.xxh3_64_intdigest(f"{size} {tag}".encode()))
-
-
-# --- Trouble ---
-
-
-def _attempt(call: Callable[[], T], is_worth_retrying: Callable[[Exception], bool]) -> T:
-    for pause_s in RETRY_PAUSES_S:
-        try:
-            return call()
-        except Exception as error:
-            if not is_worth_retrying(error):
-                raise
-        time.sleep(pause_s)
-    return call()
-
-
-def _is_transient(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in _TRANSIENT
-
-
-def _is_doubtful(error: Exception) -> bool:
-    """fsspec calls every failure of HTTP "not found" and hides the real one as the cause."""
-    if isinstance(error, FileNotFoundError):
-        return getattr(error.__cause__, "status", 404) not in (403, 404, 410)
-    return not isinstance(error, (*_FINAL, ImageRejected, MissingExtraError, NoRangesError))
-
-
-def _as_rejection(error: Exception) -> ImageRejected:
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    if status is not None and status not in (404, 410):
-        return ImageRejected(Reason.UNREADABLE, f"the server answers {status}")
-    if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in _ABSENT):
-        return ImageRejected(Reason.GONE, "no such file")
-    if isinstance(error, ValueError):
-        return ImageRejected(Reason.GONE, "no file can have this name")
-    why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return ImageRejected(Reason.UNREADABLE, why)

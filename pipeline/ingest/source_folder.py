@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.ingest.source_files import Found, Place, list_folder_entries
-from pipeline.ingest.source_items import container_kind
+from pipeline.ingest.source_files import Place, list_folder
+from pipeline.ingest.source_items import container_kind, may_hold_containers
+from pipeline.ingest.source_local import Entries, Found
 from pipeline.ingest.source_rows import SPLIT_NAMES, Rows, printable
 from pipeline.schema import SPLIT_UNSET, SPLITS, Reason
 
@@ -58,19 +59,27 @@ class FolderListing:
         meaning = self._meaning(folder)
         folders: list[str] = []
         num_entries = num_taken = 0
-        for found in list_folder_entries(self._place, folder):
-            num_entries += 1
-            path = f"{folder}/{found.name}" if folder else found.name
-            if found.is_folder:
-                folders.append(path)
-            else:
-                num_taken += self._take(path, found, meaning)
+        for part in list_folder(self._place, folder):
+            num_entries += len(part.names) + len(part.others)
+            for found in part.others:
+                if found.is_folder:
+                    folders.append(_join(folder, found.name))
+                else:
+                    num_taken += self._take(_join(folder, found.name), found, meaning)
+            num_taken += self._take_files(folder, part, meaning)
         if num_taken and meaning.label is not None:
             folders_of_label = self._num_files.setdefault((meaning.split, meaning.label), {})
             folders_of_label[meaning.class_folder] = folders_of_label.get(meaning.class_folder, 0) + num_taken
         if folder and not num_entries:
             self._empty.append((folder, meaning))
         return folders
+
+    def _take_files(self, folder: str, part: Entries, meaning: _Meaning) -> int:
+        """Take in the regular files of a folder, all at once where nothing is to be said of any of them."""
+        if meaning.label is None or may_hold_containers(part.names):
+            files = Entries(part.names, part.sizes, part.fingerprints, [])
+            return sum(self._take(_join(folder, found.name), found, meaning) for found in files.each())
+        return self._rows.add_files(folder, part, meaning.label, meaning.split)
 
     def _take(self, path: str, found: Found, meaning: _Meaning) -> bool:
         if container_kind(found.name):
@@ -140,6 +149,10 @@ class FolderListing:
             return ()
         examples = "; ".join(f"{label!r}: {_listed(sorted(folders_of[label]))}" for label in moved[:NUM_EXAMPLES])
         return (f"{len(moved)} class(es) lie under different parents in different splits, taken as one: {examples}",)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _listed(names: list[str]) -> str:

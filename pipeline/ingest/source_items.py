@@ -6,6 +6,7 @@ Comes in: nothing. Goes out: the words that readers of containers share. Guarant
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -86,6 +87,12 @@ def container_kind(name: str) -> ContainerKind | None:
     if not name.lower().endswith(_CONTAINER_ENDS):  # nearly every file of a folder: one call, not one for each kind
         return None
     return next((kind for extension, kind in CONTAINER_KINDS.items() if name.lower().endswith(extension)), None)
+
+
+def may_hold_containers(names: Sequence[str]) -> bool:
+    """Whether `container_kind` may be something for one of these; False is certain, and cheap for many names."""
+    text = "\n".join(names).lower() + "\n"
+    return any(f"{end}\n" in text for end in _CONTAINER_ENDS)
 
 
 def label_problem(label: str | None) -> tuple[Reason, str] | None:

@@ -18,8 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
-from pipeline.ingest.source_files import Found
-from pipeline.keyed import text_key
+from pipeline.ingest.source_local import Entries, Found
+from pipeline.keyed import text_key, text_keys
 from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, Reason
 
 CHUNK_ROWS = 1 << 16
@@ -85,6 +85,35 @@ class Rows:
         self._append(path, found, self._codes.setdefault(label, len(self._codes)), split, row, group)
         return None
 
+    def add_files(self, folder: str, files: Entries, label: str, split: int) -> int:
+        """`add` of the regular files in ``folder``, all of one label; returns how many were taken in."""
+        names = files.names
+        paths = [f"{folder}/{name}" for name in names] if folder else names
+        if not self._all_plain(paths, files.sizes, label):
+            found = Entries(names, files.sizes, files.fingerprints, []).each()
+            reasons = (self.add(path, file, label, split) for path, file in zip(paths, found, strict=True))
+            return sum(reason is None for reason in reasons)
+        code = self._codes.setdefault(label, len(self._codes))
+        self._paths += paths
+        self._keys.frombytes(text_keys(paths).tobytes())
+        self._fingerprints += files.fingerprints
+        self._sizes += files.sizes
+        self._labels.extend([code] * len(names))
+        self._splits.extend([split] * len(names))
+        if len(self._paths) >= CHUNK_ROWS:
+            self._flush()
+        return len(names)
+
+    def _all_plain(self, paths: Sequence[str], sizes: array[int], label: str) -> bool:
+        """Whether there is no obstacle to any of these files; they are neither rows of a table nor in groups."""
+        if not paths or self._groups or self._rows or min(sizes) == 0 or max(sizes) > self._max_bytes:
+            return False
+        try:
+            (label + "".join(paths)).encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+
     def _obstacle(self, path: str, label: str, found: Found) -> tuple[Reason | None, str]:
         if not is_encodable(path) or not is_encodable(label):
             return Reason.NAME_ENCODING, "not valid UTF-8"
@@ -109,7 +138,7 @@ class Rows:
         self._splits.append(split)
         if row:
             self._rows.append(row)
-        if len(self._paths) == CHUNK_ROWS:
+        if len(self._paths) >= CHUNK_ROWS:
             self._flush()
 
     def _flush(self) -> None:

@@ -20,7 +20,9 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from pipeline.errors import SourceError
 from pipeline.images import ImageRejected
-from pipeline.ingest.source_files import NoRangesError, Place, fetch_range, local_copy, look_at, open_within
+from pipeline.ingest.source_files import Place, fetch_range, local_copy, look_at
+from pipeline.ingest.source_local import open_within
+from pipeline.ingest.source_trouble import NoRangesError
 from pipeline.store import redact
 
 BLOCK_BYTES = 4 << 20

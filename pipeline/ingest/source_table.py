@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
-from pipeline.ingest.source_files import FileFinder, Found, Place, local_copy
+from pipeline.ingest.source_files import FileFinder, Place, local_copy
+from pipeline.ingest.source_local import Found
 from pipeline.ingest.source_rows import SPLIT_NAMES, Rows, is_encodable, printable
 from pipeline.keyed import text_key
 from pipeline.schema import SPLIT_UNSET, Reason
