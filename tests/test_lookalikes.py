@@ -26,13 +26,16 @@ from pipeline.config import make_config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.images import Facts
 from pipeline.ingest import neardup
+from pipeline.ingest.layout import to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups, join_lookalikes
+from pipeline.ingest.past import load_past
+from pipeline.ingest.settle import Samples, settle
 from pipeline.ingest.shards import Packer, TarWriter
 from pipeline.ingest.units import Hashing
 from pipeline.schema import HASHED_INDEX, INDEX, SPLITS
 from pipeline.snapshot import encode_record, open_snapshot
 from pipeline.snapshot.record import decode_record
-from pipeline.store import table_to_ipc
+from pipeline.store import Store, table_to_ipc
 from pipeline.verify import Code, verify
 
 __all__ = ["serial_engine"]
@@ -328,6 +331,33 @@ def test_groups_are_joined_by_what_stays_alone() -> None:
     assert joined.tolist() == [40, 40, 30, 20, 10]
     assert count_lookalikes(joined, alike) == {"num_groups": 1, "num_images": 2}
     assert Hashing.KNOWN == 2
+    assert count_lookalikes(np.array([1, 1, 2], np.uint64), np.ones(3, np.bool_)) == {"num_groups": 1, "num_images": 2}
+
+
+def test_whose_hash_is_not_known_is_fetched_even_if_its_group_leaves(photos: Collection) -> None:
+    """It may look like a third one: a build that reads everything would know."""
+    past = load_past(Store(str(photos.folder)), None)
+    number = np.arange(3)
+    samples = Samples(
+        reference=number,
+        key=number.astype(np.uint64),
+        class_id=np.zeros(3, np.int32),
+        given=np.array([0, 1, 1], np.int8),
+        group=np.array([0, 1, 1], np.uint64),
+        size=number,
+        digest=np.arange(12, dtype=np.uint64).reshape(3, 4),
+        pack=np.array([0, 0, -1], np.int32),
+        row=number.astype(np.int32),
+        held_class=np.zeros(3, np.int32),
+        held_split=np.array([0, 1, -1], np.int8),
+        held_group=np.zeros(3, np.uint64),
+        phash=np.array([7, 3, 0], np.uint64),
+        hashing=np.array([Hashing.KNOWN, Hashing.KNOWN, Hashing.UNKNOWN], np.int8),
+    )
+    settled = settle(samples, past, num_classes=1, seed=0, near=2)
+    assert settled.split.tolist() == [0, -1, -1]
+    assert (to_fetch(samples, settled, 3) >= 0).tolist() == [False, False, True]
+    assert np.all(to_fetch(samples, settle(samples, past, num_classes=1, seed=0), 3) == [-1, -1, 1])
 
 
 @pytest.mark.usefixtures("serial_engine")

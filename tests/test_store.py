@@ -37,7 +37,9 @@ from pipeline.store import (
     redact,
     sha256_file,
     table_to_ipc,
+    temporary_dir,
 )
+from pipeline.store.claims import sweep_temporary
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -743,6 +745,72 @@ def test_a_sweep_takes_what_the_killed_left_and_nothing_of_the_living(tmp_path: 
     assert store.sweep_abandoned(600) == 0  # too young
     assert store.sweep_abandoned(-1) == 2
     assert [path.name for path in (root / "staging").rglob("*")] == [Path(mine).name, "unit.tar"]
+
+
+LEAVE_IN_TMPDIR = """
+import os, sys
+from pipeline.store import Store, temporary_dir
+for folder in (Store.open("memory://bucket/root", create=True).staging_dir(), temporary_dir()):
+    open(folder + "/half", "xb").write(b"half")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TMPDIR of this process and its children."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return folder
+
+
+def test_what_killed_builds_of_remote_roots_left_in_tmpdir_is_swept(scratch: Path) -> None:
+    store = Store.open("memory://bucket/root", create=True)
+    mine = store.staging_dir()
+    Path(mine, "unit.tar").write_bytes(b"mine")
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVE_IN_TMPDIR], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        assert len(list(scratch.iterdir())) == 3
+        assert store.sweep_abandoned(-1) == 0  # both are alive
+        other.kill()
+    assert store.sweep_abandoned(600) == 0  # too young
+    assert store.sweep_abandoned(-1) == 2
+    assert [path.name for path in scratch.rglob("*")] == [Path(mine).name, "unit.tar"]
+
+
+def test_a_process_that_needs_a_temporary_directory_sweeps_first(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.store.claims._has_swept", False)
+    old, young = (scratch / f"evenshard-{number}-{'0' * 32}" for number in (7, 8))
+    old.mkdir()
+    young.mkdir()
+    os.utime(old, (0, 0))
+    made = temporary_dir()
+    assert sorted(scratch.iterdir()) == sorted([young, Path(made)])
+    assert os.stat(made).st_mode & 0o777 == 0o700
+
+
+def test_a_sweep_of_tmpdir_leaves_what_is_not_this_users(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"evenshard-1-{'0' * 31}"
+    (scratch / "else").mkdir()
+    (scratch / f"{name}a").symlink_to(scratch / "else")
+    (scratch / f"{name}b").write_bytes(b"a file")
+    (scratch / f"prefix-{name}c").mkdir()
+    (scratch / f"{name}d").mkdir()
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    assert sweep_temporary(-1) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    assert sweep_temporary(-1) == 1
+    assert not (scratch / f"{name}d").exists()
+    assert len(list(scratch.iterdir())) == 4
 
 
 def test_a_sweep_leaves_what_it_does_not_know(tmp_path: Path) -> None:

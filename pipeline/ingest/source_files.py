@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shutil
 import stat
-import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ from pipeline.ingest.source_local import (
 )
 from pipeline.ingest.source_trouble import NoRangesError, as_rejection, attempt, is_doubtful
 from pipeline.schema import Reason
-from pipeline.store import redact
+from pipeline.store import redact, temporary_dir
 
 PROTOCOLS = ("file", "s3", "gs", "gcs", "az", "abfs", "http", "https", "memory")
 STALL_S = 20.0
@@ -213,13 +213,16 @@ def local_copy(place: Place) -> Generator[str]:
     if place.is_local:
         yield place.path
         return
-    with tempfile.TemporaryDirectory(prefix="evenshard-table-") as folder:
+    folder = temporary_dir()
+    try:
         copy = f"{folder}/table"
         try:
             attempt(lambda: filesystem(place.protocol).get_file(place.join(""), copy), is_doubtful)
         except Exception as error:  # any client error, already retried
             raise SourceError(f"{place.shown} cannot be read: {redact(as_rejection(error).detail)}") from error
         yield copy
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch_range(place: Place, path: str, start: int, stop: int) -> bytes:

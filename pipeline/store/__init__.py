@@ -27,6 +27,7 @@ from pipeline.store.checked import (
     sha256_file,
     table_to_ipc,
 )
+from pipeline.store.claims import temporary_dir
 from pipeline.store.messages import redact
 from pipeline.store.remote import Traffic
 from pipeline.store.root import LAYOUT, Store
@@ -52,5 +53,6 @@ __all__ = [
     "redact",
     "sha256_file",
     "table_to_ipc",
+    "temporary_dir",
     "vanishing",
 ]

@@ -53,7 +53,7 @@ class Backend(Protocol):
     def remove(self, path: str) -> None: ...
     def staging_dir(self) -> str: ...
     def sweep(self, before_s: float) -> None: ...  # remove directories of staging/ that are empty and older
-    def sweep_abandoned(self, before_s: float) -> int: ...  # remove what killed processes left there, and is older
+    def sweep_abandoned(self, quiet_s: float) -> int: ...  # remove what killed processes left, untouched for so long
     def creates_atomically(self) -> bool: ...
 
 
@@ -166,8 +166,9 @@ class LocalBackend:
                 if directory != self._staging() and not (names or files) and os.lstat(directory).st_mtime < before_s:
                     os.rmdir(directory)
 
-    def sweep_abandoned(self, before_s: float) -> int:
-        return sweep_abandoned(self._staging(), before_s)
+    def sweep_abandoned(self, quiet_s: float) -> int:
+        now_s = self.probe().modified_s
+        return 0 if now_s is None else sweep_abandoned(self._staging(), now_s - quiet_s)
 
     def creates_atomically(self) -> bool:
         return True

@@ -1,4 +1,5 @@
-"""Who still works on an entry of staging/: a lock that the kernel gives back when its process ends, however it ends.
+"""Who still works on an entry of staging/, or on a temporary directory: a lock that the kernel gives back when its
+process ends, however it ends.
 
 Comes in: paths of temporary files and directories. Goes out: locks, and the removal of what nobody holds. Guarantees:
 what a living process holds is never removed, whichever process sweeps; what a killed one left behind is.
@@ -10,11 +11,19 @@ import fcntl
 import os
 import re
 import shutil
+import stat
+import tempfile
 import threading
+import time
+import uuid
 from contextlib import suppress
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _OURS = re.compile(r"\d+-[0-9a-f]{32}")  # what staging entries are called; anything else is left alone
+_TEMPORARY = re.compile(r"evenshard-\d+-[0-9a-f]{32}")  # in TMPDIR, where others have their files, too
+
+TEMPORARY_QUIET_S = 3600.0
+"""What a killed process left in TMPDIR goes after so long, once another process there needs a temporary directory."""
 
 _held: dict[str, int] = {}
 _lock = threading.Lock()
@@ -59,6 +68,38 @@ def sweep_abandoned(staging: str, before_s: float) -> int:
     except FileNotFoundError:
         return 0
     return sum(_OURS.fullmatch(name) is not None and _take(f"{staging}/{name}", before_s) for name in names)
+
+
+def temporary_dir() -> str:
+    """A new directory in TMPDIR, held by this process, which is to remove it; first, what killed ones left is swept."""
+    global _has_swept
+    if not _has_swept:
+        _has_swept = True
+        sweep_temporary(TEMPORARY_QUIET_S)
+    while True:
+        path = f"{tempfile.gettempdir()}/evenshard-{os.getpid()}-{uuid.uuid4().hex}"
+        os.mkdir(path, 0o700)
+        if claim(path):
+            return path
+
+
+_has_swept = False
+
+
+def sweep_temporary(quiet_s: float) -> int:
+    """Remove this user's ``temporary_dir`` directories that nobody holds, or has touched for ``quiet_s``: how many."""
+    folder, before_s = tempfile.gettempdir(), time.time() - quiet_s
+    paths = [f"{folder}/{name}" for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
+    return sum(_is_own_dir(path) and _take(path, before_s) for path in paths)
+
+
+def _is_own_dir(path: str) -> bool:
+    """TMPDIR is everybody's: another user's directory, or a link, under such a name is not ours to remove."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _take(path: str, before_s: float) -> bool:

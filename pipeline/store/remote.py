@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import MissingExtraError, StoreError, UsageError
 from pipeline.store.backends import Entry, remove_if_there
+from pipeline.store.claims import sweep_temporary, temporary_dir
 from pipeline.store.messages import redact
 
 PAUSES = (0.1, 0.3, 0.9, 2.7, 8.1)
@@ -169,15 +169,14 @@ class RemoteBackend:
         self._fs().rm_file(self._at(path))
 
     def staging_dir(self) -> str:
-        return tempfile.mkdtemp(prefix="evenshard-")
+        return temporary_dir()
 
     def sweep(self, before_s: float) -> None:
         """Object stores have no directories."""
 
-    def sweep_abandoned(self, before_s: float) -> int:
-        """An object appears whole or not at all."""
-        del before_s
-        return 0
+    def sweep_abandoned(self, quiet_s: float) -> int:
+        """An object appears whole or not at all; what killed builds leave lies in TMPDIR, by this machine's clock."""
+        return sweep_temporary(quiet_s)
 
     def creates_atomically(self) -> bool:
         """False where fsspec would only look first and then write: of two builds both could win."""

@@ -171,10 +171,10 @@ class Store:
             return self._backend.staging_dir()
 
     def sweep_abandoned(self, quiet_s: float) -> int:
-        """Remove what killed processes left in staging/ and nobody has touched for ``quiet_s``; returns how much."""
+        """Remove what killed processes left in staging/ (of a remote ROOT: in TMPDIR here) and nobody has touched for
+        ``quiet_s``; returns how much."""
         with self.explained("clean up", "staging"):
-            now_s = self._backend.probe().modified_s
-            return 0 if now_s is None else self._backend.sweep_abandoned(now_s - quiet_s)
+            return self._backend.sweep_abandoned(quiet_s)
 
     def sweep(self, before_s: float) -> None:
         """Remove the directories of staging/ that are empty and older than ``before_s``."""
