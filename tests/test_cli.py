@@ -74,7 +74,7 @@ def test_stats_for_people_start_with_the_largest_class(root: Path, capsys: pytes
     assert call("stats", root) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["0", "apple", "40", "65.57%", lines[1].split()[-1]]
-    assert "6 classes" in lines[-3]
+    assert "6 classes" in lines[-4]
 
 
 def test_manifest_adds_a_snapshot_and_touches_no_image(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,58 +1,78 @@
 """`evenshard`: thin commands over the public names.
 
-In: a command line. Out: text for people (JSON on request) and an exit code: 0 done, 1 failed, 2 wrong usage.
+In: a command line. Out: text for people (JSON on request) and an exit code: 0 done, 1 failed, 2 wrong usage, 130
+interrupted.
 Guarantees: commands that only read or plan import neither Ray nor torch; a failure prints one message, never a
-traceback, unless EVENSHARD_TRACEBACK is set; ``run`` is the only place that turns errors into exit codes.
+traceback, unless ``--debug`` is given or EVENSHARD_TRACEBACK is set; ``run`` is the only place that turns errors into
+exit codes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
 import click
 
+from pipeline.cli.asking import Group
 from pipeline.cli.checks import report, verify
-from pipeline.cli.commands import build, demo, export, manifest, manifests, stats
+from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
-from pipeline.cli.show import safe
+from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
+from pipeline.cli.show import painted, safe
 from pipeline.errors import EvenshardError
 
+INTERRUPTED = 130
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(version("evenshard"), prog_name="evenshard")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the tracebacks of errors.")
 def cli() -> None:
     """Class-balanced training epochs from one stored copy of your images."""
 
 
-for _command in (build, demo, diff, export, gc, history, manifest, manifests, pin, report, stats, verify):
+for _command in (
+    *(build, classes, completion, demo, diff, export, gc, history, manifest, manifests, pin, plan, report, schedule),
+    *(stats, verify),
+):
     cli.add_command(_command)
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run ``command`` and return its exit code; jobs share this with the command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        command.main(args=given, prog_name=None if arguments is None else command.name, standalone_mode=False)
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.Abort:
-        click.echo("stopped; finished units are kept, the same command goes on from here", err=True)
-        return 130
+        _tell("stopped", "nothing was published; what a build or an export finished is kept, run it again to go on")
+        return INTERRUPTED
     except click.ClickException as error:
         error.show()
-        return error.exit_code
-    except EvenshardError as error:
-        if os.environ.get("EVENSHARD_TRACEBACK"):
-            raise
-        click.echo(f"error: {safe(str(error))}", err=True)
         return error.exit_code
     except BrokenPipeError:
         # The reader (head, less) closed; point stdout elsewhere so that the interpreter's last flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if "--debug" in given or os.environ.get("EVENSHARD_TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, EvenshardError):
+            _tell("error", safe(str(error)))
+            return error.exit_code
+        what = safe(f"{type(error).__name__}: {error}")
+        _tell("error", f"{what}\nThis is a fault of evenshard: please report it with what --debug prints.")
+        return 1
     return 0
+
+
+def _tell(word: str, message: str) -> None:
+    click.echo(f"{painted(f'{word}:', 'red', sys.stderr)} {message}", err=True)
 
 
 def main() -> None:

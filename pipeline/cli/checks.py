@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import show
+from pipeline.cli.asking import command
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
     from pipeline.verify import Verification
 
 
-@click.command()
+@command(examples=("verify ROOT", "verify ROOT --sample 0.1 --json"))
 @click.argument("root")
 @click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option(
@@ -66,7 +67,7 @@ def _share(found: Verification) -> str:
     return f"; sample {found.sample:g}, seed {found.seed}: {read} were read again, {rest}"
 
 
-@click.command()
+@command(examples=("report ROOT", "report ROOT --out page.html"))
 @click.argument("root")
 @click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option("--out", metavar="FILE", help="Write the page to this file instead of below ROOT.")

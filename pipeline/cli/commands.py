@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from pipeline.cli import show
+from pipeline.cli import listing, show
+from pipeline.cli.asking import command, manifest_names
 from pipeline.cli.progress import Reporter
 
 _Command = Callable[..., None]
@@ -81,7 +82,13 @@ def build_options(command: _Command) -> _Command:
     return command
 
 
-@click.command()
+@command(
+    examples=(
+        "build PHOTOS ROOT",
+        "build PHOTOS ROOT --check header --max-rejects 1%",
+        "build PHOTOS ROOT --manifest sqrt=power:alpha=0.5 --json",
+    )
+)
 @build_options
 def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> None:
     """Read the images of SOURCE once and publish the next snapshot of ROOT.
@@ -116,106 +123,77 @@ def _plain(value: Any) -> Any:
     return value.to_json() if hasattr(value, "to_json") else asdict(value)
 
 
-@click.command()
+@command(examples=("stats ROOT", "stats ROOT --split train --json", "stats ROOT --rejects", "stats ROOT --csv"))
 @click.argument("root")
 @click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Count one split only.")
 @click.option("--rejects", "list_rejects", is_flag=True, help="List the rejected entries instead.")
+@click.option("--all", "every", is_flag=True, help="List all classes, not only the largest and the rarest.")
+@click.option("--csv", "as_csv", is_flag=True, help="The classes (or rejects) as CSV, formulas guarded.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def stats(root: str, at: int | None, split: str | None, list_rejects: bool, as_json: bool) -> None:
+def stats(
+    root: str, at: int | None, split: str | None, list_rejects: bool, every: bool, as_csv: bool, as_json: bool
+) -> None:
     """Class counts of a snapshot, and how imbalanced they are."""
     from pipeline.ingest.stats import describe
     from pipeline.snapshot import open_snapshot
 
     snapshot = open_snapshot(root, at=at)
     if list_rejects:
-        rows = snapshot.rejects
-        click.echo(json.dumps(rows.to_pylist(), indent=1) if as_json else show.rejects(rows))
+        _print_rejects(snapshot.rejects, as_csv, as_json)
         return
     classes = snapshot.classes
     counts = classes[split or "count"].to_numpy()
     sizes = classes[f"{split}_bytes" if split else "bytes"].to_pylist()
     told = describe(counts)
+    columns = (classes["name"].to_pylist(), counts.tolist(), sizes, classes["evaluable"].to_pylist())
     rows = [
-        {"class_id": number, "name": name, "count": count, "share": count / max(told.num_images, 1), "bytes": size}
-        for number, (name, count, size) in enumerate(
-            zip(classes["name"].to_pylist(), counts.tolist(), sizes, strict=True)
-        )
+        {
+            "class_id": number,
+            "name": name,
+            "count": count,
+            "share": count / max(told.num_images, 1),
+            "bytes": size,
+            "evaluable": evaluable,
+        }
+        for number, (name, count, size, evaluable) in enumerate(zip(*columns, strict=True))
     ]
     if as_json:
         body = {"snapshot": snapshot.number, "split": split, "summary": _plain(told), "classes": rows}
         click.echo(json.dumps(body, indent=1, ensure_ascii=False))
         return
-    rows.sort(key=lambda row: (-row["count"], row["class_id"]))
-    shown = ((row["class_id"], row["name"], row["count"], f"{row['share']:.2%}", row["bytes"]) for row in rows)
-    click.echo(show.table(("class_id", "name", "count", "share", "bytes"), shown))
-    click.echo()
-    click.echo(show.description(told, f"snapshot {snapshot.number}, {split or 'all splits'}"))
-
-
-@click.command()
-@click.argument("root")
-@click.argument("name")
-@click.option("--policy", required=True, metavar="P", help="For example balanced:per_class=50 or power:alpha=0.5.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def manifest(root: str, name: str, policy: str, as_json: bool) -> None:
-    """Add manifest NAME to an existing build, without touching an image."""
-    from pipeline.ingest.manifests import add_manifest
-    from pipeline.plan.policy import parse
-
-    snapshot = add_manifest(root, name, parse(policy))
-    _print_manifests(snapshot, [name], as_json)
-
-
-@click.command()
-@click.argument("root")
-@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def manifests(root: str, at: int | None, as_json: bool) -> None:
-    """The manifests of a snapshot: draws, distinct images and largest repeat per epoch."""
-    from pipeline.snapshot import open_snapshot
-
-    snapshot = open_snapshot(root, at=at)
-    _print_manifests(snapshot, snapshot.manifests, as_json)
-
-
-def _print_manifests(snapshot: Any, names: Any, as_json: bool) -> None:
-    from pipeline.plan.policy import to_json
-
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        opened = snapshot.manifest(name)
-        drawn = opened.targets > 0
-        repeats = opened.targets[drawn] / opened.pool[drawn]
-        rows.append(
-            {
-                "name": name,
-                "policy": to_json(opened.document.policy),
-                "draws": opened.num_draws,
-                "distinct": int(opened.targets.clip(max=opened.pool).sum()),
-                "classes": int(drawn.sum()),
-                "smallest_target": int(opened.targets[drawn].min()),
-                "largest_target": int(opened.targets.max()),
-                "largest_repeat": float(repeats.max()),
-                "digest": opened.digest,
-            }
-        )
-    if as_json:
-        body = {"snapshot": snapshot.number, "manifests": rows}
-        click.echo(json.dumps(body, indent=1, sort_keys=True))
+    if as_csv:
+        click.echo(listing.csv_text(list(rows[0]) if rows else [], (tuple(row.values()) for row in rows)))
         return
-    header = ("name", "draws", "distinct", "classes", "smallest", "largest", "largest repeat", "policy")
-    keys = ("name", "draws", "distinct", "classes", "smallest_target", "largest_target", "largest_repeat")
-    policies = (str(snapshot.manifest(row["name"]).document.policy) for row in rows)
-    click.echo(
-        show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True)))
-    )
-    click.echo(f"\nsnapshot {snapshot.number}; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)")
+    rows.sort(key=lambda row: (-row["count"], row["class_id"]))
+    left_out = 0 if every or len(rows) <= _LISTED else len(rows) - _LARGEST - _RAREST
+    listed = [*rows[:_LARGEST], *rows[-_RAREST:]] if left_out else rows
+    shown = [(row["class_id"], row["name"], row["count"], f"{row['share']:.2%}", row["bytes"]) for row in listed]
+    lines = show.table(("class_id", "name", "count", "share", "bytes"), shown).splitlines()
+    if left_out:
+        lines.insert(1 + _LARGEST, f"... {left_out:,} more (--all lists them)")
+    click.echo("\n".join(lines))
+    click.echo(f"\n{listing.distribution(counts)}\n")
+    click.echo(show.description(told, f"snapshot {snapshot.number}, {split or 'all splits'}"))
+    if unmeasured := sum(not row["evaluable"] for row in rows):
+        click.echo(f"{unmeasured:,} classes have no image outside train and cannot be evaluated")
 
 
-@click.command()
+_LISTED, _LARGEST, _RAREST = 24, 12, 6
+
+
+def _print_rejects(rows: Any, as_csv: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows.to_pylist(), indent=1))
+    elif as_csv:
+        click.echo(listing.csv_text(rows.column_names, (tuple(row.values()) for row in rows.to_pylist())))
+    else:
+        click.echo(show.rejects(rows))
+
+
+@command(examples=("export ROOT oversampled DEST", "export ROOT natural OTHER --epoch 3 --shard-samples 1000"))
 @click.argument("root")
-@click.argument("manifest_name", metavar="MANIFEST")
+@click.argument("manifest_name", metavar="MANIFEST", shell_complete=manifest_names)
 @click.argument("dest")
 @click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the epoch function.")
@@ -246,7 +224,7 @@ def export(
     click.echo(f"read them with: webdataset.WebDataset({f'{dest}/{done.pattern}'!r}, shardshuffle=False)")
 
 
-@click.command()
+@command(examples=("demo", "demo DIR --quick"))
 @click.argument("directory", metavar="[DIR]", default="evenshard-demo")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawings and the training.")
 @click.option("--quick", is_flag=True, help="A smaller set and fewer epochs, to see every step in half a minute.")
@@ -255,3 +233,19 @@ def demo(directory: str, seed: int, quick: bool) -> None:
     from pipeline.demo.run import run_demo
 
     run_demo(directory, seed=seed, quick=quick, echo=click.echo)
+
+
+@command(examples=("completion bash", "completion zsh"))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: commands, options, policies, manifests.
+
+    bash: eval "$(evenshard completion bash)" in ~/.bashrc; zsh the same in ~/.zshrc; fish: evenshard completion fish >
+    ~/.config/fish/completions/evenshard.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    root = click.get_current_context().find_root().command
+    if made is not None:
+        click.echo(made(root, {}, "evenshard", "_EVENSHARD_COMPLETE").source())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import show
+from pipeline.cli.asking import command
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def _duration(context: click.Context, parameter: click.Parameter, value: str | N
     return float(match[1]) * _UNIT_S[match[2]] if match else 0.0
 
 
-@click.command(epilog="Example: evenshard history ROOT --last 7")
+@command(examples=("history ROOT --last 7",))
 @click.argument("root")
 @click.option("--last", type=int, default=30, show_default=True, metavar="N", help="The newest so many.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
@@ -82,7 +83,7 @@ def _state(problem: str, collected: bool, pins: Iterable[str]) -> str:
     return ", ".join([*words, *(f"pinned as {pin}" for pin in pins)]) or "whole"
 
 
-@click.command(epilog="Examples: evenshard diff ROOT | evenshard diff ROOT 3 7 --json")
+@command(examples=("diff ROOT", "diff ROOT 1 2 --json"))
 @click.argument("root")
 @click.argument("before", metavar="[A]", required=False, type=int)
 @click.argument("after", metavar="[B]", required=False, type=int)
@@ -153,7 +154,7 @@ def _change(kind: str, change: Change) -> str:
     return f"{path} ({show.name(details[kind])})"
 
 
-@click.command(epilog="Examples: evenshard pin ROOT paper --snapshot 12 | evenshard pin ROOT paper --remove")
+@command(examples=("pin ROOT paper --snapshot 2", "pin ROOT paper --remove"))
 @click.argument("root")
 @click.argument("name", required=False)
 @click.option("--snapshot", "number", type=int, metavar="N", help="Which snapshot (default: the newest).")
@@ -183,7 +184,7 @@ def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: 
     click.echo(json.dumps([asdict(one) for one in pins], indent=1, sort_keys=True) if as_json else text)
 
 
-@click.command(epilog="Examples: evenshard gc ROOT --keep 7 | evenshard gc ROOT --keep 7 --delete")
+@command(examples=("gc ROOT --keep 7", "gc ROOT --keep 7 --delete"))
 @click.argument("root")
 @click.option("--keep", type=int, required=True, metavar="N", help="Keep the newest so many snapshots.")
 @click.option("--delete", is_flag=True, help="Remove the files; without it, they are only listed.")

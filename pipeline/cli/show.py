@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+import click
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +27,13 @@ def safe(text: str) -> str:
 def name(text: str) -> str:
     """A class or file name in a table: as ``safe``, on one line."""
     return safe(text).replace("\n", "\\n")
+
+
+def painted(text: str, style: str, stream: TextIO | None = None) -> str:
+    """``text`` in a colour or bold, where ``stream`` is a terminal and NO_COLOR is not set (https://no-color.org)."""
+    if os.environ.get("NO_COLOR") or not (stream or sys.stdout).isatty():
+        return text
+    return click.style(text, bold=True) if style == "bold" else click.style(text, fg=style)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -77,22 +77,27 @@ def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: st
 
 
 def add_manifest(root: str, name: str, policy: Policy) -> Snapshot:
-    """Derive one more manifest for the newest snapshot of ``root`` and commit it as the next snapshot.
+    """``add_manifests`` of one."""
+    return add_manifests(root, {name: policy})
 
-    The same policy under the same name again is no change and returns the newest snapshot as it is. A name taken by
-    another policy is a ``UsageError``: trainers that use the name would silently get other draws.
+
+def add_manifests(root: str, wanted: Mapping[str, Policy]) -> Snapshot:
+    """Derive more manifests for the newest snapshot of ``root`` and commit them together as the next snapshot.
+
+    The same policy under the same name again is no change; nothing new returns the newest snapshot as it is. A name
+    taken by another policy is a ``UsageError``: trainers that use the name would silently get other draws.
     """
     snapshot = open_snapshot(root)
     record = snapshot.record
+    for name, policy in wanted.items():
+        if name in record.manifests and (present := snapshot.manifest(name).document.policy) != policy:
+            other = policies.to_json(present)
+            raise UsageError(f"manifest {name!r} of snapshot {record.number} has policy {other}; choose another name")
     base = Base(snapshot.classes, record.classes, record.shards, record.samples)
-    ref = put_manifests(snapshot.store, base, {name: policy})[name]
-    present = record.manifests.get(name)
-    if present == ref:
+    made = put_manifests(snapshot.store, base, wanted)
+    if all(record.manifests.get(name) == ref for name, ref in made.items()):
         return snapshot
-    if present is not None:
-        other = policies.to_json(snapshot.manifest(name).document.policy)
-        raise UsageError(f"manifest {name!r} of snapshot {record.number} has policy {other}; choose another name")
-    commit(snapshot.store, next_record(record, manifests={**record.manifests, name: ref}))
+    commit(snapshot.store, next_record(record, manifests={**record.manifests, **made}))
     return open_snapshot(root)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pipeline.errors import IntegrityError, PolicyError, UsageError
 from pipeline.plan.epoch import EPOCH_RULE
 from pipeline.plan.policy import Policy, Targets, parse, to_json
+from pipeline.plan.shots import GROUPS, group_of
 from pipeline.schema import BLOCK_BYTES, MANIFEST_FORMAT_VERSION, SPLITS, TARGETS, FileRef
 
 FORMAT = "evenshard.manifest"
@@ -250,8 +251,11 @@ def weights(kind: str, available: IntArray, target: IntArray, *, beta: float = 0
     residual           1 / T_c: what these draws still lack to be balanced; all 1 on balanced draws
 
     The first three judge the source, whatever is drawn: on draws that are balanced already they correct a second time.
-    A class without images, and for ``residual`` one without draws, weighs 0. The scale cancels in a cross-entropy with
-    hard labels and mean reduction; with soft labels (mixup) it does not.
+    A class without images, and for ``residual`` one without draws, weighs 0.
+
+    Weights need not sum to 1. With hard labels ``CrossEntropyLoss(weight=w)`` divides by the sum of the weights it met,
+    so any factor cancels. With soft labels (mixup, CutMix) it divides by the number of images, and the factor scales
+    loss and learning rate; a mean of 1 over the draws keeps both as they were.
     """
     if kind not in WEIGHTS:
         raise UsageError(f"unknown class weights {kind!r}; expected one of {', '.join(WEIGHTS)}")
@@ -272,3 +276,42 @@ def _raw_weights(kind: str, counts: FloatArray, beta: float) -> FloatArray:
     if kind == "effective_number" and beta > 0:
         return (1 - beta) / -np.expm1(counts * np.log(beta))
     return np.ones_like(counts) if kind == "effective_number" else 1 / counts
+
+
+# -- all of it, in one table ------------------------------------------------------------------------------------------
+
+PER_CLASS = pa.schema(
+    [
+        ("class_id", pa.int32()),
+        ("name", pa.string()),
+        ("group", pa.string()),  # of shots.GROUPS, by images in the split; "none" without one
+        ("evaluable", pa.bool_()),
+        *((name, pa.int64()) for name in ("available", "pool", "target", "withheld")),
+        *((name, pa.float64()) for name in ("repeat_factor", "log_prior", "log_q")),
+        *((f"weight_{kind}", pa.float64()) for kind in WEIGHTS),
+    ]
+)
+"""Counts, repeats, priors and weights of each class of a manifest, computed on load."""
+
+
+def per_class_table(
+    names: Sequence[str], evaluable: NDArray[np.bool_], targets: pa.Table, withheld: IntArray
+) -> pa.Table:
+    """The table PER_CLASS, from ``targets`` (``schema.TARGETS``). ``-inf`` is the log of nothing, never smoothed."""
+    available, pool, target = (targets.column(name).to_numpy() for name in TARGETS.names)
+    groups = (*GROUPS, "none")  # NO_GROUP, -1, is the last
+    columns: dict[str, Any] = {
+        "class_id": np.arange(len(names), dtype=np.int32),
+        "name": list(names),
+        "group": [groups[place] for place in group_of(available).tolist()],
+        "evaluable": evaluable,
+        "available": available,
+        "pool": pool,
+        "target": target,
+        "withheld": withheld,
+        "repeat_factor": repeat_factor(available, target),
+        "log_prior": log_prior(available),
+        "log_q": log_q(target),
+        **{f"weight_{kind}": weights(kind, available, target) for kind in WEIGHTS},
+    }
+    return pa.table(columns, schema=PER_CLASS)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError, NotFoundError, UsageError
 from pipeline.plan import manifest as plan
+from pipeline.plan.policy import apply
+from pipeline.plan.spelling import nearest
 from pipeline.schema import (
     CLASSES,
     INDEXES,
@@ -190,7 +192,10 @@ class Snapshot:
     def manifest(self, name: str) -> Manifest:
         """The manifest ``name``, bound to this snapshot."""
         if name not in self.record.manifests:
-            raise UsageError(f"no manifest {name!r} in snapshot {self.number}; manifests: {', '.join(self.manifests)}")
+            raise UsageError(
+                f"no manifest {name!r} in snapshot {self.number}{nearest(name, self.manifests)}; manifests: "
+                f"{', '.join(self.manifests)}"
+            )
         return Manifest(self, name)
 
     def read_image(self, split: str, row: int) -> bytes:
@@ -317,6 +322,23 @@ class Manifest:
     def weights(self, kind: str, **options: Any) -> NDArray[np.float64]:
         """float64 [K], mean 1 over the draws; kinds and options as ``plan.manifest.weights``."""
         return plan.weights(kind, self.available, self.targets, **options)
+
+    @cached_property
+    def withheld(self) -> IntArray:
+        """int64 [K]: draws that ``max_repeat`` took from each class."""
+        names: list[str] = self.snapshot.classes.column("name").to_pylist()
+        return apply(self.available, self.document.policy, names).withheld
+
+    def per_class(self) -> pa.Table:
+        """One row per class: all that a loss, a sampler or a paper needs, as ``plan.manifest.PER_CLASS``.
+
+        ``evaluable``: the class has an image outside train. Leave the others out of every average over classes: they
+        are not measured, which is not the same as a recall of 0.
+        """
+        classes = self.snapshot.classes
+        return plan.per_class_table(
+            classes.column("name").to_pylist(), classes.column("evaluable").to_numpy(), self._table, self.withheld
+        )
 
     def _vector(self, name: str) -> IntArray:
         return cast("IntArray", self._table.column(name).to_numpy())

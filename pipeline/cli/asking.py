@@ -1,0 +1,66 @@
+"""What every command shares: examples in its help, suggestions for mistyped names, --debug, names for completion."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Command(click.Command):
+    """A command with examples, which tests run, and ``--debug``."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.examples = examples
+        # Read by ``pipeline.cli.run``, which sees errors that come before options are parsed, too.
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the tracebacks of errors.")
+        )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{'':{formatter.current_indent}}evenshard {example}\n")
+
+
+def command(*, examples: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., None]], Command]:
+    """``click.command`` for a ``Command``."""
+    return click.command(cls=Command, examples=examples, **options)
+
+
+class Group(click.Group):
+    """A group that says which command was probably meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The commands are {', '.join(self.list_commands(ctx))}."
+            ctx.fail(f"No such command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+
+# -- completion: names that a shell offers -----------------------------------------------------------------------------
+
+
+def policy_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Policies and compositions."""
+    from pipeline.plan.policy import NAMES, PRESETS
+
+    return [name for name in (*NAMES, *PRESETS) if name.startswith(incomplete)]
+
+
+def manifest_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The manifests of ROOT, as far as it was typed and opens; a shell shows no errors."""
+    from pipeline.errors import EvenshardError
+    from pipeline.snapshot import open_snapshot
+
+    try:
+        return [name for name in open_snapshot(context.params["root"]).manifests if name.startswith(incomplete)]
+    except (EvenshardError, KeyError, TypeError):
+        return []

@@ -1,0 +1,282 @@
+"""Commands that decide how often each class is drawn: plan, manifest, manifests, classes, schedule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli import listing, show
+from pipeline.cli.asking import command, manifest_names, policy_names
+
+if TYPE_CHECKING:
+    from pipeline.plan.outcome import Outcome
+    from pipeline.plan.policy import Policy
+    from pipeline.snapshot import Snapshot
+
+_AT = click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+_EPOCH_SIZE = click.option("--epoch-size", type=int, metavar="N", help="Scale the policy to this many draws an epoch.")
+_SINGLE = ("natural", "oversampled", "undersampled", "balanced", "square_root")
+
+
+def _policy(text: str, epoch_size: int | None) -> Policy:
+    from pipeline.plan.policy import parse
+
+    policy = parse(text)
+    return policy if epoch_size is None else policy.having(epoch_size=epoch_size)
+
+
+@command(
+    examples=(
+        "plan ROOT",
+        "plan ROOT --policy natural --policy power:alpha=0.5,max_repeat=10",
+        "plan ROOT --policy ten_to_one --epoch-size 100000 --batch 1024 --json",
+    )
+)
+@click.argument("root")
+@click.option(
+    "--policy", "texts", multiple=True, metavar="P", shell_complete=policy_names,
+    help="A policy, a composition or a manifest of ROOT; several times. Default: the usual ones.",
+)  # fmt: skip
+@_EPOCH_SIZE
+@click.option("--batch", type=int, default=256, show_default=True, metavar="N", help="Draws of a global batch.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@_AT
+@_JSON
+def plan(
+    root: str, texts: Sequence[str], epoch_size: int | None, batch: int, split: str, at: int | None, as_json: bool
+) -> None:
+    """Show what policies would do, side by side, without writing anything.
+
+    Per group of classes (many, medium, few, one image) and overall: draws of an epoch, distinct images, the largest
+    repeat of an image, the share of all draws, bytes read; and how many classes a batch meets.
+    """
+    from pipeline.plan.outcome import outcome, remarks
+    from pipeline.plan.policy import apply, to_json
+    from pipeline.snapshot import open_snapshot
+
+    snapshot = open_snapshot(root, at=at)
+    classes = snapshot.classes
+    counts, sizes = classes[split].to_numpy(), classes[f"{split}_bytes"].to_numpy()
+    names: list[str] = classes["name"].to_pylist()
+    rows: list[tuple[str, Policy, Outcome]] = []
+    for text in texts or _SINGLE:
+        policy = _named(snapshot, text, epoch_size)
+        rows.append((text, policy, outcome(apply(counts, policy, names), sizes, batch)))
+    if as_json:
+        plans = [
+            {"name": text, "policy": to_json(policy), "remarks": remarks(found), **found.to_json()}
+            for text, policy, found in rows
+        ]
+        body = {"snapshot": snapshot.number, "split": split, "plans": plans}
+        click.echo(json.dumps(body, indent=1, sort_keys=True, default=float))
+        return
+    click.echo(_side_by_side(rows))
+    for text, _, found in rows:
+        for remark in remarks(found):
+            click.echo(f"\n{show.painted(show.name(text), 'bold')}: {remark}")
+    unmeasured = int((~classes["evaluable"].to_numpy()).sum())
+    held = f"; {unmeasured:,} of {len(names):,} classes cannot be evaluated" if unmeasured else ""
+    click.echo(f"\nsnapshot {snapshot.number}, {split}; nothing was written{held}")
+
+
+def _named(snapshot: Snapshot, text: str, epoch_size: int | None) -> Policy:
+    """A policy by its text, or that of a manifest of the snapshot."""
+    if text in snapshot.manifests:
+        policy = snapshot.manifest(text).document.policy
+        return policy if epoch_size is None else policy.having(epoch_size=epoch_size)
+    return _policy(text, epoch_size)
+
+
+def _side_by_side(rows: Sequence[tuple[str, Policy, Outcome]]) -> str:
+    from pipeline.plan.shots import RANGES
+
+    header = ("policy", "classes of", "number", "draws", "share", "distinct", "largest repeat", "bytes")
+    cells: list[tuple[object, ...]] = []
+    for text, _, found in rows:
+        for part in (found.overall, *found.parts):
+            if not part.num_classes:
+                continue
+            what = f"{part.name} ({RANGES[part.name]})" if part.name in RANGES else part.name
+            cells.append(
+                (
+                    text if part is found.overall else "",
+                    what,
+                    part.num_classes,
+                    part.num_draws,
+                    f"{part.share:.1%}",
+                    part.num_distinct,
+                    round(part.largest_repeat, 2),
+                    show.num_bytes(part.num_bytes),
+                )
+            )
+    summary = show.table(
+        ("policy", "largest : smallest", "of images", f"classes in a batch of {rows[0][2].batch:,}", "all images in"),
+        (
+            (
+                text,
+                f"{found.imbalance:,.3g} : 1" if found.imbalance < 1000 else f"{found.imbalance:,.0f} : 1",
+                f"{found.imbalance_before:,.0f} : 1",
+                round(found.classes_per_batch, 1),
+                f"{found.epochs_to_see_all:,} epochs" if found.epochs_to_see_all > 1 else "1 epoch",
+            )
+            for text, _, found in rows
+        ),
+    )
+    return f"{show.table(header, cells)}\n\n{summary}"
+
+
+@command(
+    examples=(
+        "manifest ROOT sqrt --policy power:alpha=0.5",
+        "manifest ROOT mild --policy ten_to_one --epoch-size 100000",
+    )
+)
+@click.argument("root")
+@click.argument("name")
+@click.option(
+    "--policy", required=True, metavar="P", shell_complete=policy_names,
+    help="For example balanced:per_class=50 or power:alpha=0.5.",
+)  # fmt: skip
+@_EPOCH_SIZE
+@_JSON
+def manifest(root: str, name: str, policy: str, epoch_size: int | None, as_json: bool) -> None:
+    """Add manifest NAME to an existing build, without touching an image."""
+    from pipeline.ingest.manifests import add_manifest
+
+    snapshot = add_manifest(root, name, _policy(policy, epoch_size))
+    _print_manifests(snapshot, [name], as_json)
+
+
+@command(examples=("manifests ROOT", "manifests ROOT --json"))
+@click.argument("root")
+@_AT
+@_JSON
+def manifests(root: str, at: int | None, as_json: bool) -> None:
+    """The manifests of a snapshot: draws, distinct images and largest repeat per epoch."""
+    from pipeline.snapshot import open_snapshot
+
+    snapshot = open_snapshot(root, at=at)
+    _print_manifests(snapshot, snapshot.manifests, as_json)
+
+
+def _print_manifests(snapshot: Snapshot, names: Sequence[str], as_json: bool) -> None:
+    from pipeline.plan.policy import to_json
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        opened = snapshot.manifest(name)
+        drawn = opened.targets > 0
+        repeats = opened.targets[drawn] / opened.pool[drawn]
+        rows.append(
+            {
+                "name": name,
+                "policy": to_json(opened.document.policy),
+                "draws": opened.num_draws,
+                "distinct": int(opened.targets.clip(max=opened.pool).sum()),
+                "classes": int(drawn.sum()),
+                "smallest_target": int(opened.targets[drawn].min()),
+                "largest_target": int(opened.targets.max()),
+                "largest_repeat": float(repeats.max()),
+                "withheld": sum(opened.withheld.tolist()),
+                "digest": opened.digest,
+            }
+        )
+    if as_json:
+        body = {"snapshot": snapshot.number, "manifests": rows}
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+        return
+    header = ("name", "draws", "distinct", "classes", "smallest", "largest", "largest repeat", "withheld", "policy")
+    keys = ("name", "draws", "distinct", "classes", "smallest_target", "largest_target", "largest_repeat", "withheld")
+    policies = (str(snapshot.manifest(row["name"]).document.policy) for row in rows)
+    click.echo(
+        show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True)))
+    )
+    click.echo(f"\nsnapshot {snapshot.number}; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)")
+
+
+@command(
+    examples=("classes ROOT balanced", "classes ROOT balanced --csv", "classes ROOT natural --class apple --json"),
+)
+@click.argument("root")
+@click.argument("manifest_name", metavar="MANIFEST", shell_complete=manifest_names)
+@click.option("--class", "chosen", multiple=True, metavar="NAME", help="This class only; several times.")
+@_AT
+@click.option("--csv", "as_csv", is_flag=True, help="All columns as CSV; text that looks like a formula is guarded.")
+@_JSON
+def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None, as_csv: bool, as_json: bool) -> None:
+    """What MANIFEST means for each class: images, draws, repeats, priors, weights, and whether it can be evaluated.
+
+    log_prior is that of the source, log_q that of the draws. Weights have mean 1 over the draws; they need not sum to
+    1, as a factor cancels in a cross-entropy with hard labels. A class without images has log_q -inf (JSON: null).
+    """
+    from pipeline.snapshot import open_snapshot
+
+    table = open_snapshot(root, at=at).manifest(manifest_name).per_class()
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if chosen:
+        rows = _choose(rows, chosen)
+    if as_json:
+        body = [{key: listing.plain(value) for key, value in row.items()} for row in rows]
+        click.echo(json.dumps(body, indent=1))
+        return
+    if as_csv:
+        click.echo(listing.csv_text(table.column_names, (tuple(row.values()) for row in rows)))
+        return
+    keys = ("class_id", "name", "group", "available", "target", "withheld", "repeat_factor", "log_prior", "log_q")
+    shown = ((*(row[key] for key in keys), "yes" if row["evaluable"] else "no") for row in rows)
+    click.echo(show.table((*keys, "evaluable"), shown))
+
+
+def _choose(rows: list[dict[str, Any]], chosen: Sequence[str]) -> list[dict[str, Any]]:
+    from pipeline.errors import UsageError
+    from pipeline.plan.spelling import nearest
+
+    found = {row["name"]: row for row in rows}
+    if unknown := [name for name in chosen if name not in found]:
+        raise UsageError(f"no class {unknown[0]!r} in this snapshot{nearest(unknown[0], found)}")
+    return [found[name] for name in dict.fromkeys(chosen)]
+
+
+@command(
+    examples=(
+        "schedule ROOT deferred --epochs 25",
+        "schedule ROOT progressive --epochs 20 --stages 4 --dry-run",
+    )
+)
+@click.argument("root")
+@click.argument("kind", type=click.Choice(["deferred", "progressive"]))
+@click.option("--epochs", type=int, required=True, metavar="N", help="Epochs of the whole training.")
+@click.option("--stages", type=int, default=5, show_default=True, metavar="N", help="progressive: how many manifests.")
+@click.option("--dry-run", is_flag=True, help="Print only; add no manifest.")
+@_JSON
+def schedule(root: str, kind: str, epochs: int, stages: int, dry_run: bool, as_json: bool) -> None:
+    """A list of manifests with shares of the training; adds those that ROOT lacks.
+
+    deferred: natural draws, the last fifth balanced. progressive: from natural to balanced in equal steps.
+    """
+    from pipeline.ingest.manifests import add_manifests
+    from pipeline.plan import schedule as schedules
+    from pipeline.plan.policy import to_json
+    from pipeline.snapshot import open_snapshot
+
+    found = schedules.deferred() if kind == "deferred" else schedules.progressive(stages)
+    counts = schedules.epochs_of(found, epochs)
+    wanted = {stage.manifest: stage.policy for stage in found}
+    snapshot = open_snapshot(root) if dry_run else add_manifests(root, wanted)
+    if as_json:
+        rows = [
+            {"manifest": stage.manifest, "policy": to_json(stage.policy), "share": float(stage.share), "epochs": count}
+            for stage, count in zip(found, counts, strict=True)
+        ]
+        click.echo(json.dumps({"snapshot": snapshot.number, "stages": rows}, indent=1, sort_keys=True))
+        return
+    cells = (
+        (stage.manifest, count, f"{float(stage.share):.0%}", str(stage.policy))
+        for stage, count in zip(found, counts, strict=True)
+    )
+    click.echo(show.table(("manifest", "epochs", "share", "policy"), cells))
+    click.echo(f"\n{schedules.text_of(found, epochs)}")
