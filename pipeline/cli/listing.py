@@ -52,6 +52,9 @@ def distribution(counts: NDArray[np.integer]) -> str:
     if not len(present):
         return "no class has an image"
     edges = _edges(int(present.max()))
+    edges = [
+        edge for edge, following in zip(edges, [*edges[1:], edges[-1] + 1], strict=True) if following > present.min()
+    ]
     rows: list[tuple[str, int, float]] = []
     for low, high in pairwise(edges):
         inside = present[(present >= low) & (present < high)]
