@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -128,3 +130,34 @@ def test_a_unit_that_always_loses_its_worker_ends_the_build_by_name(tmp_path: Pa
     with pytest.raises(EngineError, match=re.escape("a/0.png: its decoder ended 5 times, the last time by SIGKILL")):
         pipeline.build(tmp_path / "photos", tmp_path / "root")
     assert not list((tmp_path / "root").glob("snapshots/*"))
+
+
+THREADS = """
+import threading
+from pipeline.images import Limits
+from pipeline.images.watch import limit_memory
+
+def addresses():
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+
+limit_memory(Limits())
+before, barrier = addresses(), threading.Barrier(33)
+
+def hold():
+    data = [bytearray(3000) for _ in range(1000)]
+    barrier.wait()
+    barrier.wait()
+
+threads = [threading.Thread(target=hold) for _ in range(32)]
+for thread in threads:
+    thread.start()
+barrier.wait()
+print((addresses() - before) >> 20)
+barrier.wait()
+"""
+
+
+def test_threads_that_read_ahead_leave_the_decoder_its_memory() -> None:
+    """32 of them reserve their stacks of 8 MiB and what they hold, not 64 MiB each for what they may come to hold."""
+    told = subprocess.run([sys.executable, "-c", THREADS], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert int(told) < 32 * 8 + 3 * 64 + 200

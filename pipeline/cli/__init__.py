@@ -24,6 +24,7 @@ from pipeline.cli.custody import diff, gc, history, pin
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import painted, safe
 from pipeline.errors import EvenshardError
+from pipeline.store import spare_pandas
 
 INTERRUPTED = 130
 
@@ -77,4 +78,5 @@ def _tell(word: str, message: str) -> None:
 
 def main() -> None:
     """Entry point of the ``evenshard`` command."""
+    spare_pandas()
     sys.exit(run(cli))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from pipeline.errors import SourceError
 from pipeline.images import Inspection
 from pipeline.ingest.known import Notes
-from pipeline.ingest.shards import Packer, ShardWriter
+from pipeline.ingest.shards import TELL_EVERY_S, Packer, ShardWriter
 from pipeline.ingest.source import Container, ContainerReader, Listing, twins
 from pipeline.ingest.source_items import Offered, Refused
 from pipeline.ingest.source_rows import Rows, sort_labels
@@ -36,8 +37,6 @@ from pipeline.store import Store
 
 TYPICAL_IMAGE_BYTES = 16 << 10
 """For a guess at how much work a container is, before it is read."""
-
-_TELL_EVERY = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def pack_container(
 ) -> Iterator[int | UnitRecord]:
     """Read a container once: hash, check, write what is accepted into a provisional tar."""
     store = Store.open(root)
-    told = 0
+    told, next_s = 0, time.monotonic() + TELL_EVERY_S
     with ShardWriter(store) as writer, inspection.open(attempt=attempt) as inspector:
         intake = _Intake(Packer(writer, inspector))
         packer = intake.packer
@@ -85,9 +84,9 @@ def pack_container(
                 intake.refused.append((item.path, str(item.reason), item.detail, item.label, item.split))
                 continue
             intake.take(item)
-            if packer.num_images - told == _TELL_EVERY:
-                told = packer.num_images
-                yield _TELL_EVERY
+            if (now_s := time.monotonic()) >= next_s:
+                yield packer.num_images - told
+                told, next_s = packer.num_images, now_s + TELL_EVERY_S
         tar, index = writer.finish(intake.index())
     yield packer.num_images - told
     contents = {"labels": list(intake.codes), "rejected": intake.rejected, "refused": intake.refused}

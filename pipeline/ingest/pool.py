@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.ingest.crew import Ended, Event, Failed, Item, Lost, Task, UnitFunction, run_units, work
+from pipeline.store import spare_pandas
 
 _MAIN = "import sys; sys.path[:] = {!r}; from pipeline.ingest.pool import serve; serve(int(sys.argv[1]))"
 
@@ -126,6 +127,7 @@ def _signal_name(number: int) -> str:
 def serve(descriptor: int) -> None:
     """What a worker does: run tasks until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
+    spare_pandas()
     driver = Connection(descriptor)
     threading.Thread(target=_outlive_nobody, args=(descriptor,), daemon=True).start()
     while True:

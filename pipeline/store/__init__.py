@@ -8,6 +8,7 @@ Guarantees:
     every failure is an error that names the path and says what to do, without credentials.
 
 Inside, in this order:
+    arrow.py       what pyarrow need not import
     messages.py    errno -> advice; redaction
     backends.py    what storage must do; a directory
     remote.py      any other fsspec file system: reads tried again, counted
@@ -16,6 +17,7 @@ Inside, in this order:
     shards.py      image bytes by offset
 """
 
+from pipeline.store.arrow import spare_pandas
 from pipeline.store.backends import Entry, read_fully
 from pipeline.store.checked import (
     CheckedTable,
@@ -52,6 +54,7 @@ __all__ = [
     "read_image",
     "redact",
     "sha256_file",
+    "spare_pandas",
     "table_to_ipc",
     "temporary_dir",
     "vanishing",
