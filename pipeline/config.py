@@ -10,10 +10,12 @@ Relative paths are relative to the working directory, in a file as in a flag.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -57,6 +59,27 @@ def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _to_names(value: object) -> object:
+    """A file of names, one on each line, or the names themselves."""
+    if isinstance(value, list):
+        return tuple(cast("list[object]", value))
+    if not isinstance(value, str | os.PathLike):
+        return value
+    try:
+        with open(value, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"give names, or a file of them, one on each line; this one: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("give names, or a file of them, one on each line, in UTF-8") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"a file of more than {MAX_FILE_BYTES} bytes is no list of class names")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return tuple(line.strip() for line in lines)
+
+
 Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(ge=1)]
 Budget = Annotated[int | float | None, BeforeValidator(_to_budget)]
 Place = Annotated[str, BeforeValidator(_to_path), Field(min_length=1)]
@@ -80,6 +103,7 @@ class BuildConfig(BaseModel):
     label_column: Column | None = None
     split_column: Column | None = None
     group_column: Column | None = None
+    classes: Annotated[tuple[str, ...] | None, BeforeValidator(_to_names)] = None  # what labels 0, 1, 2... are called
     images: Place | None = None
     check: Literal["decode", "header"] = "decode"
     near_duplicates: int | None = Field(default=None, ge=1, le=8)  # bits of 64 in which look-alikes may differ
@@ -111,6 +135,25 @@ class BuildConfig(BaseModel):
             raise ValueError("give a count (10), a rate from 0.0 to 1.0 (0.01) or a percentage ('1%')")
         return value
 
+    @field_validator("classes")
+    @classmethod
+    def _names_each_class_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        if not value:
+            raise ValueError("expected at least one class name, found none")
+        bad = [number for number, name in enumerate(value) if not re.fullmatch(r"\S(.{0,498}\S)?", name)]
+        if bad:
+            name = value[bad[0]]
+            raise ValueError(
+                f"name {bad[0]}, {name[:50]!r}: expected one line of 1 to 500 characters, no blanks around it"
+            )
+        twice = sorted(name for name, count in Counter(value).items() if count > 1)
+        if twice:
+            places = [number for number, name in enumerate(value) if name == twice[0]]
+            raise ValueError(f"expected every name once, but {twice[0]!r} is the name of {places}")
+        return value
+
     @field_validator("allow")
     @classmethod
     def _known_guardrails(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,6 +173,8 @@ class BuildConfig(BaseModel):
         decisive = self.model_dump(
             exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects", "max_shrink"}
         )
+        if self.classes is not None:  # there may be thousands, and the class table has them
+            decisive["classes"] = _digest(self.classes)
         for name in _LATER_KEYS:  # a build that does not use them is the build that it was before they existed
             if decisive[name] is None:
                 del decisive[name]
@@ -138,7 +183,11 @@ class BuildConfig(BaseModel):
 
 KEYS = tuple(BuildConfig.model_fields)
 
-_LATER_KEYS = ("near_duplicates",)
+_LATER_KEYS = ("classes", "near_duplicates")
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -230,7 +279,8 @@ def _validated(values: Mapping[str, Any], where: str) -> BuildConfig:
 
 def _problem(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{item['loc'][0]} = {item['input']!r}: {message}"
+    found = repr(item["input"])
+    return f"{item['loc'][0]} = {found if len(found) <= 200 else found[:200] + '...'}: {message}"
 
 
 def _without_floats(value: Any) -> Any:

@@ -175,3 +175,39 @@ def test_a_config_cannot_change() -> None:
     config = BuildConfig(source="a", root="b")
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("classes: []", "at least one class name"),
+        ("classes: [a, b, a]", r"'a' is the name of \[0, 2\]"),
+        ("classes: [a, ' b']", "name 1, ' b'"),
+        ("classes: [a, '']", "name 1, ''"),
+        ('classes: ["a\\nb"]', "one line"),
+        ("classes: [1, 2]", "classes"),
+        ("classes: /nowhere/names.txt", "a file of them, one on each line; this one: No such file"),
+        ("classes: 3", "classes"),
+    ],
+)
+def test_class_names_that_are_none(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(write(tmp_path, text))
+
+
+def test_class_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("\ufeffa\r\nb c\r\n\u00e9\r\n\r\n".encode())
+    flags = {"source": "a", "root": "b"}
+    one = make_config(load_config(write(tmp_path, f"classes: {tmp_path}/names.txt")), **flags)
+    two = make_config(load_config(write(tmp_path, "classes: [a, b c, \u00e9]")), **flags)
+    assert one.classes == two.classes == ("a", "b c", "\u00e9")
+    assert one.meaning() == two.meaning()
+    assert len(one.meaning()["classes"]) == 64
+    assert make_config(classes=["a"], **flags).meaning() != one.meaning()
+    assert "classes" not in make_config(**flags).meaning()
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        make_config(classes=str(tmp_path / "names.txt"), **flags)
+    (tmp_path / "names.txt").write_bytes(b"a\n" * (1 << 20))
+    with pytest.raises(ConfigError, match="is no list of class names"):
+        make_config(classes=str(tmp_path / "names.txt"), **flags)

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import TINY_COUNTS
@@ -431,3 +433,89 @@ class TestChoices:
 def rows_of_built(source: Path, root: Path, kind: str) -> set[tuple[str, str]]:
     build(source, root, source_kind=kind)
     return rows_of(root)
+
+
+# ---- Numbers that have names
+
+
+def numbered(samples: list[Sample]) -> tuple[list[Sample], list[str]]:
+    """Labels as numbers 1, 3, 5...: those between have no image."""
+    names = [name for label in sorted(TINY_COUNTS, reverse=True) for name in (f"no {label}", label)]
+    return [(path, str(names.index(label)), data) for path, label, data in samples], names
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "both"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_classes_name_the_numbers_and_the_numbers_stay(
+    samples: list[Sample], tmp_path: Path, kind: str, as_file: bool, serial_engine: SerialEngine
+) -> None:
+    numbers, names = numbered(samples)
+    source = put(tmp_path / "source", KINDS[kind](numbers))
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    summary = build(source, tmp_path / "root", classes=str(tmp_path / "names.txt") if as_file else names)
+    assert rows_of(tmp_path / "root") == expected(samples)
+    assert summary.num_rejects == 0
+    table = pipeline.open_snapshot(tmp_path / "root").classes
+    assert table["name"].to_pylist() == names
+    assert table["count"].to_pylist()[::2] == [0] * len(TINY_COUNTS)
+    assert verify(str(tmp_path / "root")).findings == ()
+    again = build(source, tmp_path / "root", classes=names)
+    assert (again.changed, again.num_read) == (False, 0)
+
+
+def test_a_number_without_a_name_is_a_reject(
+    samples: list[Sample], tmp_path: Path, serial_engine: SerialEngine
+) -> None:
+    numbers, names = numbered(samples)
+    strange = ["-1", "99", "1.5", "cat", "٣", "x" * 90]
+    more = [(f"more/{number}.png", label, numbers[0][2]) for number, label in enumerate(strange)]
+    source = put(tmp_path / "source", {"a.tar": tar_of([*numbers, *more])})
+    build(source, tmp_path / "root", classes=names)
+    rejects = pipeline.open_snapshot(tmp_path / "root").rejects.to_pylist()
+    assert [(row["path"], row["reason"]) for row in rejects] == [(f"a.tar/more/{n}.png", "no-label") for n in range(6)]
+    assert rejects[1]["detail"] == f"label '99', `classes` names the numbers 0 to {len(names) - 1}"
+    assert len(rejects[5]["detail"]) < 120
+    assert rows_of(tmp_path / "root") == expected(samples)
+
+
+def test_rejects_carry_the_name_too(samples: list[Sample], tmp_path: Path, serial_engine: SerialEngine) -> None:
+    numbers, names = numbered(samples)
+    damaged = [("x/0.png", "1", b"no image"), ("x/1.png", "1", b""), ("x/2.png", "77", b"")]
+    build(put(tmp_path / "source", {"a.tar": tar_of([*numbers, *damaged])}), tmp_path / "root", classes=names)
+    rejects = pipeline.open_snapshot(tmp_path / "root").rejects.to_pylist()
+    assert [row["label"] for row in rejects] == [names[1], names[1], ""]
+
+
+def test_other_names_are_another_class_map(samples: list[Sample], tmp_path: Path, serial_engine: SerialEngine) -> None:
+    """Names are read anew when they change, also of containers that did not."""
+    numbers, names = numbered(samples)
+    source = put(tmp_path / "source", KINDS["tar"](numbers))
+    build(source, tmp_path / "root", classes=names)
+    with pytest.raises(CommitError, match="the class map changed"):
+        build(source, tmp_path / "root", classes=[*names[2:], *names[:2]])
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_folders_and_tables_have_names(samples: list[Sample], tmp_path: Path, kind: str) -> None:
+    put(tmp_path / "source", {name: data for name, _, data in samples})
+    source = tmp_path / "source"
+    if kind == "table":
+        source = put(tmp_path, {"t.csv": b"path,label\na.jpg,0\n"}) / "t.csv"
+    with pytest.raises(SourceError, match=r"--classes: not for source .*, which is a"):
+        build(source, tmp_path / "root", classes=["a"])
+
+
+def test_a_path_that_is_what_a_row_without_a_path_is_called(
+    samples: list[Sample], tmp_path: Path, serial_engine: SerialEngine
+) -> None:
+    named = [("2", *samples[0][1:]), *samples[1:4]]
+    table = pq.read_table(pa.BufferReader(parquet_of(named)))
+    images = table["image"].to_pylist()
+    images[2]["path"] = None
+    place = table.schema.get_field_index("image")
+    table = table.set_column(place, table.schema.field("image"), pa.array(images, table.schema.field("image").type))
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    source = put(tmp_path / "source", {"a.parquet": stream.getvalue()})
+    with pytest.raises(SourceError, match=r"two samples are called 'a.parquet/2': .* change that path"):
+        build(source, tmp_path / "root")

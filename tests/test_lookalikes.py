@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,8 @@ from pipeline.ingest.lookalikes import count_lookalikes, huge_groups, join_looka
 from pipeline.ingest.past import load_past
 from pipeline.ingest.settle import Samples, settle
 from pipeline.ingest.shards import Packer, TarWriter
-from pipeline.ingest.units import Hashing
-from pipeline.schema import HASHED_INDEX, INDEX, SPLITS
+from pipeline.ingest.units import Hashing, Pack, Part, Repack
+from pipeline.schema import HASHED_INDEX, INDEX, SPLITS, FileRef
 from pipeline.snapshot import encode_record, open_snapshot
 from pipeline.snapshot.record import decode_record
 from pipeline.store import Store, table_to_ipc
@@ -388,6 +389,13 @@ def test_the_largest_groups_are_told_first_and_small_ones_not() -> None:
     assert told.startswith("3 group(s)")
 
 
+def test_the_same_rows_with_and_without_hashes_are_two_units() -> None:
+    ref = FileRef(sha256="0" * 64, size=1, num_rows=1)
+    part = Part(Pack(ref, ref), np.zeros(1, np.int32))
+    unit = Repack(name="x", split="val", parts=(part,), class_id=np.zeros(1, np.int32), group=np.zeros(1, np.uint64))
+    assert unit.with_digest().digest != replace(unit, hashed=True).with_digest().digest
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1, True, "6"])
 def test_a_distance_out_of_range(bits: object) -> None:
     with pytest.raises(ConfigError, match="near_duplicates"):
@@ -457,8 +465,6 @@ def test_verify_finds_an_index_without_hashes(root: Path, changed_index: Any) ->
 
 @pytest.mark.parametrize("said", [{}, {"num_groups": 1}, {"num_groups": 1, "num_images": -2}, [1, 2]])
 def test_a_record_that_miscounts_is_refused(photos: Collection, root: Path, serial_engine: Any, said: Any) -> None:
-    from dataclasses import replace
-
     photos.build(root, near_duplicates=6)
     record = open_snapshot(root).record
     assert decode_record(encode_record(record), "x") == record

@@ -52,6 +52,10 @@ def build_options(command: _Command) -> _Command:
             "--label-column", metavar="NAME",
             help="Tables, Parquet: column of labels. Tars: cls (the default), txt, or json.FIELD.",
         ),
+        click.option(
+            "--classes", metavar="FILE",
+            help="Tars, Parquet: labels are numbers; line 1 of FILE is the name of class 0, and so on.",
+        ),
         click.option("--split-column", metavar="NAME", help="Column of splits (tars: as for labels)."),
         click.option("--group-column", metavar="NAME", help="Samples of one group stay in one split."),
         click.option(

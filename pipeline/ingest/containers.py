@@ -191,7 +191,8 @@ def sample_listing(store: Store, listing: Listing, read: Sequence[tuple[Containe
             rows.reject(path, Reason(reason), label=label, split=split, detail=detail)
     rejects = pa.concat_tables([listing.rejects, kept.rejects, rows.rejects_table()])
     order = [(name, "ascending") for name in ("path", "reason", "detail")]
-    references, class_names = _sorted(pa.concat_tables(tables), list(labels))
+    reader = listing.container_reader
+    references, class_names = _sorted(pa.concat_tables(tables), list(labels), reader.class_names if reader else None)
     if not references.num_rows:
         raise SourceError(_nothing_usable(listing, rejects))
     return replace(
@@ -254,9 +255,14 @@ def _numbered(references: pa.Table, names: Sequence[str], labels: dict[str, int]
     return references.set_column(place, REFERENCES.field("class_id"), pa.array(number[codes]))
 
 
-def _sorted(references: pa.Table, labels: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
-    """Sorted by key, classes numbered in the order of their names; a key that comes twice stops the build."""
-    names = sort_labels(labels)
+def _sorted(
+    references: pa.Table, labels: Sequence[str], class_names: tuple[str, ...] | None
+) -> tuple[pa.Table, tuple[str, ...]]:
+    """Sorted by key, classes numbered in the order of their names; a key that comes twice stops the build.
+
+    Where ``class_names`` give a name to each number, the numbers stay, also of classes without an image.
+    """
+    names = class_names or sort_labels(labels)
     references = _numbered(references, labels, {name: number for number, name in enumerate(names)})
     keys = references["key"].to_numpy()
     order = np.argsort(keys, kind="stable")
@@ -264,6 +270,12 @@ def _sorted(references: pa.Table, labels: Sequence[str]) -> tuple[pa.Table, tupl
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
         pair = references["path"].take(pa.array(order[twice[0] : twice[0] + 2])).to_pylist()
+        if pair[0] == pair[1]:
+            raise SourceError(
+                f"two samples are called {pair[0]!r}: a Parquet row whose image has no path is called by its number, a "
+                "path that comes again gets # and the row's number, and the path of another row is just that; change "
+                "that path"
+            )
         raise SourceError(
             f"two samples have the key {int(keys[twice[0]]):016x}: {pair[0]!r} and {pair[1]!r}; rename one of them"
         )

@@ -368,7 +368,8 @@ def _opening_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
     if reader is None:
         return {}
     fields, columns = dataclasses.asdict(reader.fields), dataclasses.asdict(reader.columns)
-    return {"fields": fields, "columns": columns, "split_from": config.split_from}
+    named = {} if reader.class_names is None else {"classes": config.meaning()["classes"]}
+    return {"fields": fields, "columns": columns, "split_from": config.split_from, **named}
 
 
 def _listing_digest(config: BuildConfig, listing: Listing) -> str:

@@ -40,8 +40,8 @@ __all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_sour
 NUM_EXAMPLES = 5
 _COLUMNS = ("label_column", "split_column", "group_column")
 _NOT_FOR = {
-    "folder": ("path_column", "image_column", *_COLUMNS, "images"),
-    "table": ("image_column",),
+    "folder": ("path_column", "image_column", *_COLUMNS, "images", "classes"),
+    "table": ("image_column", "classes"),
     "containers": ("path_column", "images"),
 }
 """Options that mean nothing for a kind of source."""
@@ -183,7 +183,9 @@ def _list_containers(config: BuildConfig, source: Place, *, is_file: bool) -> Li
         notices=listing.notices,
         splits_given=listing.has_splits,
         containers=tuple(containers),
-        container_reader=ContainerReader(source, listing.fields, listing.columns, config.max_image_bytes),
+        container_reader=ContainerReader(
+            source, listing.fields, listing.columns, config.max_image_bytes, config.classes
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.ingest.source_files import Place, list_folder_entries, look_at
-from pipeline.ingest.source_items import ContainerKind, Fields, Item, Refused, container_kind
+from pipeline.ingest.source_items import ContainerKind, Fields, Item, Refused, container_kind, named
 from pipeline.ingest.source_local import Found
 from pipeline.ingest.source_parquet import (
     PART_BYTES,
@@ -57,9 +57,15 @@ class ContainerReader:
     fields: Fields  # of tars
     columns: Fields  # of Parquet files
     max_bytes: int
+    class_names: tuple[str, ...] | None = None
+    """Where labels are numbers: what each is called."""
 
     def items(self, container: Container) -> Iterator[Item]:
         """Every sample, and whatever else is in there, in the order of the file."""
+        items = self._items(container)
+        return items if self.class_names is None else (named(item, self.class_names) for item in items)
+
+    def _items(self, container: Container) -> Iterator[Item]:
         with open_listed(self.place, container.listed) as file:
             if container.kind == "parquet":
                 limits = {"split": container.split, "max_bytes": self.max_bytes}

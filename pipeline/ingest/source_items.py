@@ -6,6 +6,7 @@ Comes in: nothing. Goes out: the words that readers of containers share. Guarant
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -93,6 +94,23 @@ def may_hold_containers(names: Sequence[str]) -> bool:
     """Whether `container_kind` may be something for one of these; False is certain, and cheap for many names."""
     text = "\n".join(names).lower() + "\n"
     return any(f"{end}\n" in text for end in _CONTAINER_ENDS)
+
+
+def named(item: Item, class_names: Sequence[str]) -> Item:
+    """The same with the name that its label, a number, stands for; refused if it stands for none."""
+    if not item.label:  # refused, and nothing is known of its label
+        return item
+    number = int(item.label) if re.fullmatch(r"[0-9]{1,18}", item.label) else -1
+    if 0 <= number < len(class_names):
+        return item._replace(label=class_names[number])
+    if isinstance(item, Refused):
+        return item._replace(label="")
+    text = item.label if len(item.label) <= _SHOWN_CHARS else item.label[:_SHOWN_CHARS] + "..."
+    detail = f"label {text!r}, `classes` names the numbers 0 to {len(class_names) - 1}"
+    return Refused(item.path, Reason.NO_LABEL, detail, split=item.split)
+
+
+_SHOWN_CHARS = 50
 
 
 def label_problem(label: str | None) -> tuple[Reason, str] | None:
