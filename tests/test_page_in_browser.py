@@ -200,7 +200,8 @@ def test_the_button_turns_dark_into_light(browser: Browser, large: Path) -> None
 
 def test_paper_is_white(browser: Browser, large: Path, tmp_path: Path) -> None:
     browser.open(large, dark=True)
-    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[dark])
     try:
         assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert browser.ask("getComputedStyle(document.querySelector('nav')).display") == "none"

@@ -33,7 +33,7 @@ from pipeline.report.words import MAX_SHOWN, num_bytes, visible
 from pipeline.schema import Reason
 from pipeline.snapshot import Snapshot, open_snapshot
 
-NUM_CLASSES = 20
+NUM_CLASSES = 6 + len(HOSTILE)
 
 
 @pytest.fixture(scope="module")
