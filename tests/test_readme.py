@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 import re
 import shlex
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from conftest import TINY_COUNTS
+from containers import Sample, parquet_of, put, samples_of
+from fsspec.implementations.memory import MemoryFileSystem
+from serial_engine import serial_engine
 
 import pipeline
+
+__all__ = ["serial_engine"]
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -108,6 +120,83 @@ def ran(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: 
 def test_the_commands_run(ran: tuple[Path, list[Result]]) -> None:
     assert len(ran[1]) > 5
     assert [result.output for result in ran[1] if result.exit_code or result.exception] == []
+
+
+EXAMPLES = list(shown_commands("```bash\n" + blocks(section("Commands"), "bash")[1] + "```\n", "evenshard"))
+
+
+@pytest.mark.usefixtures("serial_engine")
+@pytest.mark.parametrize("words", EXAMPLES, ids=" ".join)
+def test_the_examples_of_sources_run(words: list[str], tiny_images: Path, tmp_path: Path) -> None:
+    """Each on a source as it describes one; s3:// is memory:// here, buckets are looked at by test_source_remote."""
+    assert words[0] == "build"
+    samples = samples_of(tiny_images)
+    places = sources(words, samples, tmp_path)
+    assert words[1] in places
+    result = CliRunner().invoke(cli(), [*(places.get(word, word) for word in words), "--quiet"])
+    assert (result.exit_code, result.exception) == (0, None), result.output
+    snapshot = pipeline.open_snapshot(places[words[2]])
+    assert (snapshot.record.num_images, snapshot.rejects.num_rows) == (len(samples), 0)
+    counts = dict(zip(snapshot.classes["name"].to_pylist(), snapshot.classes["count"].to_pylist(), strict=True))
+    assert counts == TINY_COUNTS
+    if "--split-from" in words:
+        assert snapshot.classes["test"].to_pylist() == [n // 3 for n in snapshot.classes["count"].to_pylist()]
+    if "--group-column" in words:
+        groups = [snapshot.index(n)["group"].to_pylist() for n in range(snapshot.shards.num_rows)]
+        assert len({group for part in groups for group in part}) == len(TINY_COUNTS)
+
+
+def sources(words: list[str], samples: list[Sample], folder: Path) -> dict[str, str]:
+    """A place for every placeholder, with what the options of this example need in it."""
+    split_of = dict(splits_of(samples))
+    where = (lambda name: f"{split_of[name]}/{name}") if words[-2:] == ["--split-from", "top"] else str
+    photos = put(folder / "photos", {where(name): data for name, _, data in samples})
+    rows = [f"{name},{label}" for name, label, _ in samples]
+    put(folder, {"photos.csv": "\n".join(["file,sku", *rows]).encode()})
+    tars = put(folder / "tars", {"a.tar": labelled_tar(samples)})
+    parts = {split: [one for one in samples if split_of[one[0]] == split] for split in ("train", "test")}
+    files = {f"{split}-00000-of-00001.parquet": parquet_of(part) for split, part in parts.items()}
+    bucket = f"memory://{folder.name}"
+    MemoryFileSystem().pipe_file(f"/{folder.name}/train.parquet", renamed(parquet_of(samples)))
+    return {
+        "PHOTOS": str(photos),
+        "ROOT": str(folder / "root"),
+        "photos.csv": str(folder / "photos.csv"),
+        "TARS": str(tars),
+        "PARQUET": str(put(folder / "parquet", files)),
+        "s3://bucket/train.parquet": f"{bucket}/train.parquet",
+        "s3://bucket/root": f"{bucket}/root",
+    }
+
+
+def splits_of(samples: list[Sample]) -> Iterator[tuple[str, str]]:
+    """Of every class, a third is test."""
+    seen: Counter[str] = Counter()
+    for name, label, _ in samples:
+        yield name, "test" if seen[label] < TINY_COUNTS[label] // 3 else "train"
+        seen[label] += 1
+
+
+def labelled_tar(samples: list[Sample]) -> bytes:
+    """Each sample with its own .cls and .json; the product is the class, so that every class is one group."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, label, data in samples:
+            stem, _, extension = name.rpartition(".")
+            body = json.dumps({"category": label, "product": label}).encode()
+            for suffix, content in {extension: data, "cls": label.encode(), "json": body}.items():
+                entry = tarfile.TarInfo(f"{stem}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def renamed(parquet: bytes) -> bytes:
+    """With other columns, and no word of what they are."""
+    stream = io.BytesIO()
+    table = pq.read_table(pa.BufferReader(parquet)).rename_columns(["photo", "kind"])
+    pq.write_table(table.replace_schema_metadata({}), stream)
+    return stream.getvalue()
 
 
 def test_the_python_blocks_run(ran: tuple[Path, list[Result]], tmp_path: Path) -> None:
