@@ -220,6 +220,7 @@ def test_priors_and_weights_are_those_of_the_manifest(page: Page, snapshot: Snap
     for one in data["manifests"]:
         manifest = snapshot.manifest(one["name"])
         expected = {"repeat factor": manifest.repeat_factor, "log_prior": manifest.log_prior, "log_q": manifest.log_q}
+        expected |= {"withheld by max_repeat": manifest.withheld}
         expected |= {f"weight, {kind.replace('_', ' ')}": manifest.weights(kind) for kind in WEIGHTS}
         assert one["measures"].keys() == expected.keys()
         for title, values in expected.items():

@@ -219,7 +219,12 @@ def drawn(name: str, policy: str, *counts: int) -> Draws:
     targets = apply(np.array(counts), parse(policy))
     document = SimpleNamespace(policy=parse(policy))
     made = SimpleNamespace(
-        name=name, targets=targets.target, pool=targets.pool, num_draws=int(targets.target.sum()), document=document
+        name=name,
+        targets=targets.target,
+        pool=targets.pool,
+        available=targets.available,
+        num_draws=int(targets.target.sum()),
+        document=document,
     )
     return Draws.of(cast(Any, made))
 

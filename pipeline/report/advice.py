@@ -155,7 +155,10 @@ def _imbalance(facts: Facts) -> Iterator[Advice]:
             f"about {TOLERABLE_IMBALANCE}:1. Balance from the first step is the weakest remedy of all in published "
             "comparisons; when to balance matters more than how. A schedule to start from is natural:20 -> balanced:5."
         )
-        yield Advice("Train on natural draws with log_prior added to the logits, then briefly on balanced ones", text)
+        command = "evenshard schedule ROOT deferred --epochs 25"
+        yield Advice(
+            "Train on natural draws with log_prior added to the logits, then briefly on balanced ones", text, command
+        )
     elif told.num_classes:
         text = (
             f"The largest class has {told.imbalance:,.1f} times the training images of the smallest, within the "

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ingest.stats import FEW_BELOW, MANY_ABOVE
+from pipeline.plan.shots import FEW_BELOW, MANY_ABOVE
 
 ZERO_BAND = 16
 """Pixels between "none" and one image: a logarithmic axis has no zero, and a class that is never drawn must be seen."""

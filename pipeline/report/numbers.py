@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ingest.stats import FEW_BELOW, MANY_ABOVE
+from pipeline.plan import shots
 from pipeline.plan.manifest import WEIGHTS
+from pipeline.plan.outcome import Outcome, outcome, remarks
+from pipeline.plan.policy import Targets
 from pipeline.schema import SPLITS
 from pipeline.snapshot import Manifest, Snapshot
 
@@ -24,7 +26,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-GROUPS = ("many", "medium", "few", "one", "none")
+GROUPS = (*shots.GROUPS, "none")
 """By training images: above 100, 20 to 100, 2 to 19, a single one, none at all."""
 
 WEIGHT_TITLES = {kind: f"weight, {kind.replace('_', ' ')}" for kind in WEIGHTS}
@@ -56,9 +58,8 @@ class Classes:
     @cached_property
     def group(self) -> IntArray:
         """Position in GROUPS of every class."""
-        train = self.train
-        bounds = [train > MANY_ABOVE, train >= FEW_BELOW, train > 1, train == 1]
-        return np.select(bounds, range(4), default=4).astype(np.int64)
+        group = shots.group_of(self.train).astype(np.int64)
+        return np.where(group == shots.NO_GROUP, len(shots.GROUPS), group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,31 +86,41 @@ class Draws:
         """Images that one epoch shows."""
         return int(np.minimum(self.targets, self.pool).sum())
 
+    def outcome(self, classes: Classes) -> Outcome:
+        """What one epoch is made of."""
+        manifest, wished = self.manifest, self.targets + self.manifest.withheld
+        targets = Targets(
+            available=manifest.available, pool=self.pool, target=self.targets, wished=wished, asked=int(wished.sum())
+        )
+        return outcome(targets, classes.columns[f"{manifest.split}_bytes"])
+
     def row(self, classes: Classes) -> dict[str, Any]:
         """For the table of manifests."""
-        drawn = self.targets > 0
-        single = classes.columns[self.manifest.split] == 1
-        sizes = classes.columns[f"{self.manifest.split}_bytes"]
-        mean_bytes = np.divide(sizes, self.manifest.available, out=np.zeros(len(drawn)), where=self.pool > 0)
+        found, drawn = self.outcome(classes), self.targets > 0
+        whole, single = found.overall, found.parts[-1]
         return {
             "name": self.name,
             "split": self.manifest.split,
             "policy": str(self.manifest.document.policy),
-            "draws": self.manifest.num_draws,
-            "distinct": self.distinct,
-            "bytes": round(float((self.targets * mean_bytes).sum())),
-            "classes": int(drawn.sum()),
+            "draws": whole.num_draws,
+            "distinct": whole.num_distinct,
+            "bytes": whole.num_bytes,
+            "classes": whole.num_drawn_classes,
             "smallest": int(self.targets[drawn].min()),
             "largest": int(self.targets.max()),
-            "imbalance": float(self.targets.max() / self.targets[drawn].min()),
-            "repeat": float(self.repeat.max()),
-            "singles": float(self.targets[single].sum() / self.manifest.num_draws),
+            "imbalance": found.imbalance,
+            "repeat": whole.largest_repeat,
+            "singles": single.share,
+            "batch": found.batch,
+            "classes_per_batch": found.classes_per_batch,
+            "remarks": remarks(found),
         }
 
     def measures(self) -> dict[str, FloatArray]:
         """What a sampler, a loss or a paper asks for, by title."""
         manifest = self.manifest
         told = {"repeat factor": manifest.repeat_factor, "log_prior": manifest.log_prior, "log_q": manifest.log_q}
+        told |= {"withheld by max_repeat": manifest.withheld.astype(np.float64)}
         return told | {title: manifest.weights(kind) for kind, title in WEIGHT_TITLES.items()}
 
 
