@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from pipeline.errors import UsageError
-from pipeline.learn.metrics import balanced_accuracy, group_accuracy, per_class_recall, shot_groups
+from pipeline.learn.metrics import (
+    balanced_accuracy,
+    coverage,
+    group_accuracy,
+    one_shot_recall,
+    per_class_recall,
+    shot_groups,
+)
 from pipeline.learn.train import evaluate, fit, normalise, rate_at, small_cnn
 
 
@@ -25,6 +32,28 @@ def test_a_class_without_test_images_is_not_measured() -> None:
 def test_an_absent_class_does_not_move_balanced_accuracy() -> None:
     labels, predictions = np.array([0, 0, 2, 2]), np.array([0, 0, 2, 1])
     assert balanced_accuracy(per_class_recall(labels, predictions, 3)) == 0.75
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_cannot_be_evaluated_change_no_figure(seed: int) -> None:
+    """However many there are, and though some predictions fall into them: those are misses of the true class alone."""
+    rng = np.random.default_rng(seed)
+    labels, predictions = rng.integers(0, 6, 300), rng.integers(0, 9, 300)  # classes 6 to 8 have no test image
+    counts = np.array([500, 90, 40, 8, 3, 2, 1, 1, 1])
+    few, many = (per_class_recall(labels, predictions, size) for size in (9, 5009))
+    assert balanced_accuracy(many) == balanced_accuracy(few)
+    assert group_accuracy(many, np.pad(counts, (0, 5000))) == group_accuracy(few, counts)
+    assert (coverage(few), coverage(many)) == (6 / 9, 6 / 5009)
+    expected = np.mean([(predictions[labels == c] == c).mean() for c in range(6)])
+    assert balanced_accuracy(few) == pytest.approx(expected)
+
+
+def test_one_shot_recall_is_that_of_measured_classes_with_one_image() -> None:
+    recall = np.array([0.9, 0.5, np.nan, 0.1, np.nan])
+    assert one_shot_recall(recall, np.array([70, 1, 1, 1, 3])) == pytest.approx(0.3)
+    assert math.isnan(one_shot_recall(recall, np.array([70, 2, 1, 2, 3])))
+    with pytest.raises(UsageError, match="must be equal"):
+        one_shot_recall(recall, np.array([1]))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -36,6 +36,23 @@ def balanced_accuracy(recall: Floats) -> float:
     return float(measured.mean()) if len(measured) else float("nan")
 
 
+def coverage(recall: Floats) -> float:
+    """The share of all classes that was measured. Classes without an image outside train never are: say it beside every
+    mean over classes."""
+    return float((~np.isnan(recall)).mean()) if len(recall) else float("nan")
+
+
+def one_shot_recall(recall: Floats, pool: Ints) -> float:
+    """Mean recall of the measured classes that trained on one image; NaN if there are none.
+
+    ``pool`` is ``manifest.pool``. Real singletons have nothing to be measured on; those that are measured are the
+    ``pseudo_singletons`` of the policy.
+    """
+    if recall.shape != pool.shape:
+        raise UsageError(f"recall covers {recall.shape} classes, pool {pool.shape}; they must be equal")
+    return balanced_accuracy(recall[pool == 1])
+
+
 def shot_groups(train_counts: Ints) -> Mapping[str, NDArray[np.bool_]]:
     """Bool ``[K]`` masks ``many`` (> 100), ``medium`` (20 to 100) and ``few`` (< 20) by images in train."""
     many, few = train_counts > MANY_ABOVE, train_counts < FEW_BELOW
