@@ -38,9 +38,9 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def root(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(local_ray: None, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("front") / "root"
-    assert call("build", tiny_images, root, "--quiet", "--address", "none") == 0
+    assert call("build", tiny_images, root, "--quiet") == 0
     return root
 
 
@@ -69,11 +69,14 @@ def test_every_reader_speaks_json() -> None:
 
 
 def test_every_example_of_the_help_runs(
-    tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    tiny_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In an order that gives each what it needs; ``demo`` trains, and has tests of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_ADDRESS", "none")
     places = {"PHOTOS": str(tiny_images), **{word: str(tmp_path / word) for word in ("ROOT", "DEST", "OTHER")}}
     first = ("build", "manifest", "schedule")
     order = [*first, *sorted(set(commands()) - {*first, "demo"})]
@@ -227,7 +230,7 @@ def test_an_interrupted_build_publishes_nothing_and_the_next_one_finishes(tiny_i
 
 
 @pytest.fixture(scope="module")
-def hostile(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile(local_ray: None, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     names = [*HOSTILE, "plain"]
     rows = [["path", "label"]]
@@ -236,10 +239,7 @@ def hostile(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = io.StringIO()
     csv.writer(out).writerows(rows)
     (folder / "rows.csv").write_text(out.getvalue())
-    assert (
-        call("build", folder / "rows.csv", folder / "root", "--images", tiny_images, "--quiet", "--address", "none")
-        == 0
-    )
+    assert call("build", folder / "rows.csv", folder / "root", "--images", tiny_images, "--quiet") == 0
     return folder / "root"
 
 

@@ -151,7 +151,13 @@ def test_the_choice_of_pseudo_singletons_grows_and_never_changes() -> None:
         return set(np.flatnonzero(targets.pool == 1).tolist())
 
     assert chosen(5) < chosen(6) < chosen(30)
-    assert sorted(chosen(5)) == [15, 17, 24, 30, 47]  # for ever: evaluations of different builds are of the same classes
+    assert sorted(chosen(5)) == [
+        15,
+        17,
+        24,
+        30,
+        47,
+    ]  # for ever: evaluations of different builds are of the same classes
 
 
 def test_more_pseudo_singletons_than_rich_classes_is_refused() -> None:
