@@ -1,7 +1,7 @@
 """Changing a policy of a large snapshot: `python benchmarks/policy_change.py ROOT` adds manifests to ROOT (a copy's).
 
-Wall and processor seconds of the whole command, start of Python included, and the bytes and files that it wrote. ``plan``
-writes nothing. ROOT keeps the manifests; each run uses names of its own.
+Wall and processor seconds of the whole command, start of Python included, and the bytes and files that it wrote. What
+only reads writes nothing. ROOT keeps the manifests; each run uses names of its own.
 """
 
 from __future__ import annotations
