@@ -98,8 +98,6 @@ def may_hold_containers(names: Sequence[str]) -> bool:
 
 def named(item: Item, class_names: Sequence[str]) -> Item:
     """The same with the name that its label, a number, stands for; refused if it stands for none."""
-    if not item.label:  # refused, and nothing is known of its label
-        return item
     number = int(item.label) if re.fullmatch(r"[0-9]{1,18}", item.label) else -1
     if 0 <= number < len(class_names):
         return item._replace(label=class_names[number])
