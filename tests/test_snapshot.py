@@ -405,3 +405,20 @@ def test_targets_that_do_not_fit_the_images_are_refused(
     ref = put_table(copy.store, pa.table(columns, schema=schema.TARGETS), schema.TARGETS)
     with pytest.raises(IntegrityError, match=f"its targets do not fit the images: {message}"):
         rewritten(copy, targets=ref).manifest("natural")
+
+
+def test_the_table_of_a_manifest_has_every_number_of_each_class(tmp_path: Path) -> None:
+    snapshot = write_snapshot(tmp_path, policies={"capped": "balanced:per_class=23,max_repeat=3"})
+    manifest = snapshot.manifest("capped")
+    table = manifest.per_class()
+    assert table["name"].to_pylist() == snapshot.classes["name"].to_pylist()
+    assert table["group"].to_pylist() == ["medium", "few", "none", "few", "few", "one"]
+    assert table["evaluable"].to_pylist() == [True, True, True, True, False, False]
+    assert table["target"].to_pylist() == [23, 23, 0, 23, 12, 3]
+    assert table["withheld"].to_pylist() == [0, 0, 0, 0, 11, 20]
+    assert table["log_q"].to_pylist() == manifest.log_q.tolist()
+    assert table["log_prior"].to_pylist() == manifest.log_prior.tolist()
+    for kind in ("balanced", "effective_number", "square_root", "residual"):
+        weights = table[f"weight_{kind}"].to_numpy()
+        assert weights.tolist() == manifest.weights(kind).tolist()
+        assert (weights * manifest.targets).sum() / manifest.num_draws == pytest.approx(1)
