@@ -32,8 +32,8 @@ def test_through_ancestors_that_are_singletons_themselves() -> None:
 
 
 def test_singletons_without_a_class_above_join_each_other() -> None:
-    assert told({"x/1": 1, "x/2": 1, "y/1": 1, "z": 1, "x": 0}) == {
-        "x/1": "x/1", "x/2": "x/1", "y/1": "y/1", "z": "z", "x": "x",
+    assert told({"x/1": 1, "x/2": 1, "x/deep/1": 1, "y/1": 1, "z": 1, "x": 0}) == {
+        "x/1": "x/1", "x/2": "x/1", "x/deep/1": "x/deep/1", "y/1": "y/1", "z": "z", "x": "x",
     }  # fmt: skip
 
 
