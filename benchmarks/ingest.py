@@ -23,7 +23,6 @@ A first, unmeasured pass over the files warms the page cache. It prints one line
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import hashlib
 import io
@@ -173,17 +172,10 @@ def mdswriter(directory: Path, dest: str) -> int:
 def build(check: str, address: str) -> Callable[[Path, str], int]:
     def run(directory: Path, dest: str) -> int:
         import pipeline
-        from pipeline.cli import main as evenshard
+        from pipeline.store import spare_pandas
 
-        sys.argv = ["evenshard", "build", str(directory), f"{dest}/root", "--check", check]
-        sys.argv += ["--workers", "2", "--address", address]
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                evenshard()
-        except SystemExit as done:
-            if done.code:
-                raise
-        return pipeline.open_snapshot(f"{dest}/root").num_images
+        spare_pandas()  # as the command does
+        return pipeline.build(directory, f"{dest}/root", check=check, workers=2, address=address).num_images
 
     return run
 
