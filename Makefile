@@ -6,6 +6,9 @@
 # Ray would otherwise package this directory into every worker whenever an outer `uv run` starts a driver.
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 
+# Tests start hundreds of processes: without stored bytecode each would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
