@@ -30,8 +30,10 @@ from pipeline.images import (
     decode_crop,
     decode_rgb,
     inspect,
+    plain,
 )
 from pipeline.images.pillow import _refusal
+from pipeline.images.plain import plain_jpeg
 from pipeline.schema import Reason
 
 CHECKS: tuple[Check, ...] = get_args(Check)
@@ -554,3 +556,37 @@ def test_crops_are_the_same_in_any_thread() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(crop_of, inputs))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def noise_jpeg(size: tuple[int, int], quality: int) -> bytes:
+    stream = BytesIO()
+    Image.fromarray(np.random.default_rng(size).integers(0, 256, (*size, 3), np.uint8)).save(
+        stream, "JPEG", quality=quality
+    )
+    return stream.getvalue()
+
+
+def test_a_head_that_was_seen_before_vouches_for_nothing_after_it() -> None:
+    whole = noise_jpeg((9, 7), 80)
+    facts = plain_jpeg(whole)
+    assert facts == Facts(7, 9, "jpg", "RGB")
+    scan = whole.index(b"\xff\xda")
+    for stop in [*range(scan - 3, scan + 20), len(whole) - 2, len(whole) - 1]:
+        plain_jpeg(whole)  # seen again
+        assert plain_jpeg(whole[:stop]) is None
+    assert plain_jpeg(whole[:scan] + b"\xff\xda\xff\xff" + whole[scan + 4 :]) is None  # a header longer than the rest
+    assert plain_jpeg(whole) == facts
+
+
+def test_heads_that_were_seen_are_told_apart_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes FF DA may stand within a segment: what follows them then decides too."""
+    monkeypatch.setattr(plain, "_MAX_HEADS", 5)
+    images = [noise_jpeg((height, width), 75) for height in range(1, 5) for width in range(1, 5)]
+    for data in [*images, *reversed(images), *images]:
+        height, width = Image.open(BytesIO(data)).size[::-1]
+        assert plain_jpeg(data) == Facts(width, height, "jpg", "RGB")
+        assert len(plain._heads) <= 5
+    comment = b"\xff\xfe\x00\x08\xff\xda\x00\x0c??"
+    odd = [data[:2] + comment + data[2:] for data in images]
+    assert [plain_jpeg(data) for data in odd] == [plain_jpeg(data) for data in images]
+    assert not any(len(head) < 20 for head in plain._heads)

@@ -18,6 +18,8 @@ from serial_engine import SerialEngine, serial_engine
 
 import pipeline
 from pipeline.errors import CommitError, SourceError, StoreError
+from pipeline.ingest.manifests import add_manifest
+from pipeline.plan.policy import parse
 from pipeline.store import Store
 from pipeline.verify import verify
 
@@ -185,6 +187,20 @@ def test_with_nothing_changed_no_unit_runs(photos: Collection, root: Path, seria
     again = photos.build(root)
     assert (again.changed, again.number, again.num_read, again.num_units, serial_engine.ran) == (False, 1, 0, 0, [])
     assert (first.num_new_shards, again.num_new_shards) == (first.num_shards, 0)
+
+
+def test_a_manifest_more_costs_the_next_build_nothing(
+    photos: Collection, root: Path, serial_engine: SerialEngine
+) -> None:
+    photos.build(root)
+    photos.add("some.png", "ant")
+    photos.build(root)  # its units were read by two builds: no rerun of any would find them done
+    add_manifest(str(root), "flat", parse("balanced:per_class=3"))
+    serial_engine.ran.clear()
+    again = photos.build(root)
+    assert (again.number, again.changed, again.num_read, serial_engine.ran) == (3, False, 0, [])
+    photos.add("more.png", "ant")
+    assert photos.build(root).num_read == 1
 
 
 @pytest.mark.parametrize("seed", range(8))

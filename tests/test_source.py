@@ -194,6 +194,23 @@ def test_what_is_no_candidate_is_a_reject(folder: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["bad\udcff.jpg", "empty.jpg", "huge.jpg"])
+def test_one_odd_file_among_many_is_the_only_reject(folder: Path, name: str) -> None:
+    """Files are taken in by folders where there is nothing to be said of any of them."""
+    put(folder, *(f"a/{number}.jpg" for number in range(50)), "b/1.jpg")
+    (folder / "a" / name).write_bytes({"empty.jpg": b"", "huge.jpg": b"x" * 1001}.get(name, b"x"))
+    listing = listed(folder, max_image_bytes=1000)
+    assert len(labels(listing)) == 51
+    assert list(rejects(listing)) == [f"a/{name}".replace("\udcff", "\\xff")]
+
+
+def test_one_container_among_many_images_is_noticed(folder: Path) -> None:
+    put(folder, *(f"a/{number}.jpg" for number in range(50)), "a/more.TAR")
+    assert "tars or Parquet files beside images" in refusal(folder)
+    listing = listed(folder, source_kind="folder")
+    assert len(labels(listing)) == 51
+
+
 def test_rejects_do_not_say_where_the_source_lies(folder: Path, tmp_path: Path) -> None:
     put(folder, "a/1.jpg", "loose.jpg")
     (folder / "a/x.jpg").symlink_to(tmp_path / "secret.jpg")

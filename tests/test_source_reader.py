@@ -125,6 +125,7 @@ def test_the_kernel_reads_what_lies_inside_and_nothing_else(tmp_path: Path, file
     folder = tmp_path / "source"
     (tmp_path / "secret").write_bytes(b"secret")
     (folder / "out.jpg").symlink_to("../secret")
+    (folder / "a").write_bytes(b"secret")  # what "a\0b" must not be taken for
     with LocalFolder(str(folder)) as local:
         if local.read("0/é 0.jpg", len(files["0/é 0.jpg"])) is None:
             pytest.skip("this kernel has no openat2")
@@ -132,6 +133,35 @@ def test_the_kernel_reads_what_lies_inside_and_nothing_else(tmp_path: Path, file
         refused = ("out.jpg", "../secret", str(tmp_path / "secret"), "0/../../secret", "a\0b")
         assert [local.read(path, 6) for path in refused] == [None] * len(refused)
         assert local.read("0/é 0.jpg", 5) is None
+
+
+def test_a_file_beyond_the_limit_is_refused_whatever_was_listed(tmp_path: Path) -> None:
+    (tmp_path / "huge").write_bytes(bytes(MAX_BYTES + 1))
+    (found,) = reader(tmp_path).read_all(["huge"], [MAX_BYTES + 1])
+    assert isinstance(found, ImageRejected)
+    assert found.reason == Reason.TOO_LARGE
+
+
+def test_threads_read_what_is_waited_for_and_only_that(
+    tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    really = LocalFolder.read
+
+    def read(self: LocalFolder, path: str, size: int) -> bytes | None:
+        readers.append(threading.current_thread().name.partition("_")[0])
+        return really(self, path, size)
+
+    monkeypatch.setattr(LocalFolder, "read", read)
+    monkeypatch.setattr(source_reader, "_num_waits", never)
+    read_all(reader(tmp_path / "source"), files)
+    assert set(readers) == {"MainThread"}
+    readers.clear()
+    monkeypatch.setattr(source_reader, "_num_waits", always())
+    read_all(reader(tmp_path / "source"), files)
+    part = source_reader.PART_FILES
+    assert readers.count("MainThread") == part  # the first, by which it came to know
+    assert readers.count("evenshard-read") == len(files) - part
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, files: dict[str, bytes]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,12 @@ def read_notes(store: Store, snapshot_id: str) -> Notes | None:
         )
     except (StoreError, IntegrityError, ValueError, KeyError, TypeError):
         return None
+
+
+def pass_on_notes(store: Store, snapshot_id: str, to: str) -> None:
+    """What is noted of a snapshot holds of another one with the same images: else the next build would read all."""
+    with suppress(StoreError):  # there are none, and nothing is lost but time
+        store.replace(notes_path(to), store.read(notes_path(snapshot_id)))
 
 
 @dataclass(frozen=True)

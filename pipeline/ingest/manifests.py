@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.errors import PolicyError, UsageError
 from pipeline.ingest.commit import commit
+from pipeline.ingest.known import pass_on_notes
 from pipeline.plan import policy as policies
 from pipeline.plan.manifest import ManifestDocument, check_name, encode
 from pipeline.plan.policy import Policy
@@ -97,7 +98,9 @@ def add_manifests(root: str, wanted: Mapping[str, Policy]) -> Snapshot:
     made = put_manifests(snapshot.store, base, wanted)
     if all(record.manifests.get(name) == ref for name, ref in made.items()):
         return snapshot
-    commit(snapshot.store, next_record(record, manifests={**record.manifests, **made}))
+    following = next_record(record, manifests={**record.manifests, **made})
+    pass_on_notes(snapshot.store, record_id(record), record_id(following))
+    commit(snapshot.store, following)
     return open_snapshot(root)
 
 
