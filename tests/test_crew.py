@@ -28,7 +28,7 @@ from pipeline.ingest.pool import Pool
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     if request.param == "ray":
         request.getfixturevalue("local_ray")
-    with open_engine(address="none" if request.param == "pool" else "local", workers=2, num_images=1) as opened:
+    with open_engine(address="none" if request.param == "pool" else "local", workers=2) as opened:
         yield opened
 
 
@@ -131,14 +131,18 @@ def test_a_build_without_ray_imports_none(tiny_images: Path, tmp_path: Path) -> 
     assert (done.stdout, done.returncode) == ("61\n", 0), done.stderr
 
 
-@pytest.mark.parametrize(("num_images", "expected"), [(1, "Pool"), (10**9, "RayEngine")])
-def test_small_work_needs_no_ray(num_images: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.ingest.engine.is_running", lambda: False)
-    assert type(open_engine(address=None, workers=1, num_images=num_images)).__name__ == expected
+@pytest.mark.parametrize(("is_connected", "expected"), [(False, "Pool"), (True, "RayEngine")])
+def test_without_a_cluster_no_ray_is_started(
+    is_connected: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.ingest.engine.is_running", lambda: is_connected)
+    assert type(open_engine(address=None, workers=1)).__name__ == expected
 
 
-def test_a_cluster_is_used_however_small_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(open_engine(address="10.0.0.1:6379", workers=1, num_images=1)).__name__ == "RayEngine"
+def test_a_cluster_is_used_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(open_engine(address="10.0.0.1:6379", workers=1)).__name__ == "RayEngine"
+    assert type(open_engine(address="local", workers=1)).__name__ == "RayEngine"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert type(open_engine(address=None, workers=1, num_images=1)).__name__ == "RayEngine"
-    assert type(open_engine(address="none", workers=1, num_images=10**9)).__name__ == "Pool"
+    assert type(open_engine(address=None, workers=1)).__name__ == "RayEngine"
+    assert type(open_engine(address="none", workers=1)).__name__ == "Pool"

@@ -121,7 +121,7 @@ def export_tars(
     done = plan.num_draws - sum(stop - start for start, stop in map(plan.bounds, missing))
     if missing:
         units = ((names[shard], (plan, shard, store.root)) for shard in missing)
-        with open_engine(address=address, workers=workers, num_images=plan.num_draws - done) as engine:
+        with open_engine(address=address, workers=workers) as engine:
             for count in engine.map(write_shard, units):
                 done += count
                 notify("export", done, plan.num_draws)

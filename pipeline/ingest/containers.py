@@ -35,9 +35,6 @@ from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, UNIT_FORMA
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
 
-TYPICAL_IMAGE_BYTES = 16 << 10
-"""For a guess at how much work a container is, before it is read."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerUnit:

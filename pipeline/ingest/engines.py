@@ -1,7 +1,7 @@
-"""Which engine runs the units: processes of this machine while that is quicker than starting Ray, else Ray.
+"""Which engine runs the units: Ray where there is a cluster, processes of this machine where there is none.
 
-Comes in: an address and how much there is to do. Goes out: an `Engine`. Guarantees: the choice changes no byte of what
-is built; Ray is imported only where it is used.
+Comes in: an address. Goes out: an `Engine`. Guarantees: the choice changes no byte of what is built; Ray is imported
+only where it is used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pipeline.ingest.pool import Pool
 NO_RAY = "none"
 """The address that stands for no Ray at all."""
 
-SMALL_IMAGES = 20_000
-
 
 class Engine(Protocol):
     """What runs units."""
@@ -29,19 +27,18 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(*, address: str | None, workers: int | None, num_images: int) -> AbstractContextManager[Engine]:
-    """The engine for ``num_images``.
+def open_engine(*, address: str | None, workers: int | None) -> AbstractContextManager[Engine]:
+    """The engine to work with.
 
     ``address``: 'none' for processes of this machine, 'local' for a private Ray, or a cluster's; by default what
-    $RAY_ADDRESS says, else a Ray that runs in this process already, else processes if the work is small, else a
-    private Ray.
+    $RAY_ADDRESS says (as it does within a Ray job), else a Ray that this process is connected to, else processes: on
+    one machine a private Ray does nothing that they do not, and takes seconds to start.
     """
     chosen = address or os.environ.get("RAY_ADDRESS")
-    is_small = num_images <= SMALL_IMAGES
-    if chosen == NO_RAY or (chosen is None and is_small and "ray" not in sys.modules):
+    if chosen == NO_RAY or (chosen is None and "ray" not in sys.modules):
         return Pool(workers=workers)
     from pipeline.ingest.engine import RayEngine, is_running
 
-    if chosen is None and is_small and not is_running():
+    if chosen is None and not is_running():
         return Pool(workers=workers)
     return RayEngine(address=chosen, workers=workers)

@@ -25,7 +25,7 @@ from pipeline.config import BuildConfig, make_config
 from pipeline.errors import SourceError, UsageError
 from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
-from pipeline.ingest.containers import TYPICAL_IMAGE_BYTES, container_units, keep, pack_container, sample_listing, token
+from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
 from pipeline.ingest.known import Known, Notes, find_known, notes_path, read_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups
@@ -223,8 +223,7 @@ class _Build:
     def _read_containers(self, work: Work, containers: Sequence[Container]) -> None:
         config, units = self._config, container_units(containers, self._settings)
         arguments = (self.listing.container_reader, config.inspection)
-        expected = sum(container.listed.size for container in containers) // TYPICAL_IMAGE_BYTES
-        self.records += work.run("read", pack_container, units, arguments, 0, expected)
+        self.records += work.run("read", pack_container, units, arguments, 0)
         self._opened.update(map(token, containers))
 
     def _read_and_settle(self, work: Work, past: Past) -> tuple[Known, Samples, Settlement, tuple[Pack, ...]]:

@@ -64,8 +64,9 @@ def _fill_headers(
     blocks[:, :16] = stem
     blocks[:, 16] = ord(".")
     blocks[:, 17 : 17 + extension.shape[1]] = extension
-    blocks[:, 124:135] = _octal(sizes, 11)
-    blocks[:, 148:154] = _octal(blocks.sum(axis=1, dtype=np.int64), 6)
+    blocks[:, 124:135] = octal = _octal(sizes, 11)
+    checksum = stem.sum(axis=1, dtype=np.int64) + extension.sum(axis=1, dtype=np.int64) + octal.sum(axis=1)
+    blocks[:, 148:154] = _octal(checksum + (_FIXED_SUM + ord(".")), 6)  # the other bytes are those of any header
     blocks[:, 154] = 0
 
 

@@ -21,9 +21,6 @@ from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitReco
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
 
-COPIES_PER_READ = 10
-"""Copying an image from an old shard costs about a tenth of reading, hashing and checking one."""
-
 Progress = Callable[[str, int, int], None]
 """Called with (stage, images done, images in all), at least every second while units run."""
 
@@ -51,12 +48,8 @@ class Work:
         units: Iterator[Unit | Repack | ContainerUnit],
         rest: tuple[Any, ...],
         total: int,
-        expected: int = 0,
     ) -> list[UnitRecord]:
-        """Do ``function(root, unit, *rest)`` for every unit that is not done yet; ``total`` images in all.
-
-        Where the total is not known it is 0, and about so many are ``expected``.
-        """
+        """Do ``function(root, unit, *rest)`` for every unit that is not done yet; ``total`` images, 0: unknown."""
         finished: dict[str, UnitRecord] = {}
         order: list[str] = []
         done = 0
@@ -74,7 +67,7 @@ class Work:
         waiting = pending()
         first = next(waiting, None)
         if first is not None:
-            engine = self._engine((total - done or expected) // (COPIES_PER_READ if stage == "settle" else 1))
+            engine = self._engine()
             self._notify(stage, done, total)
             for item in engine.map(function, chain([first], waiting)):
                 if isinstance(item, UnitRecord):
@@ -89,10 +82,10 @@ class Work:
         kept = frozenset(self._parent.files()) if self._parent is not None else frozenset[str]()
         return Reusable(kept, self._store.now_s() - GRACE_S / 2)
 
-    def _engine(self, num_images: int) -> Engine:
+    def _engine(self) -> Engine:
         if self._started is None:
             self._notify("start", 0, 0)
             config = self._config
-            opened = open_engine(address=config.address, workers=config.workers, num_images=num_images)
+            opened = open_engine(address=config.address, workers=config.workers)
             self._started = self._open.enter_context(opened)
         return self._started
