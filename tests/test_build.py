@@ -260,3 +260,14 @@ def test_files_that_change_places_and_keep_their_times_are_read_again(local_ray:
     assert {row["path"]: row["sha256"].hex() for row in rows} == {
         f"{name}/0.bmp": hashlib.sha256((source / name / "0.bmp").read_bytes()).hexdigest() for name in "ab"
     }
+
+
+def test_a_refused_build_leaves_no_trace(tiny_images: Path, tmp_path: Path) -> None:
+    """The source above all is only read."""
+    before = sorted(tiny_images.rglob("*"))
+    with pytest.raises(SourceError, match="lies within the source"):
+        pipeline.build(tiny_images, tiny_images / "out")
+    with pytest.raises(SourceError, match="is not there"):
+        pipeline.build(tmp_path / "nowhere", tmp_path / "root")
+    assert sorted(tiny_images.rglob("*")) == before
+    assert not (tmp_path / "root").exists()

@@ -64,6 +64,11 @@ def test_a_build_writes_the_page_and_says_where(photos: Path, capsys: pytest.Cap
     assert page_of(photos).read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_a_build_with_perceptual_hashes_writes_the_page_too(photos: Path) -> None:
+    assert built(photos, "--near-duplicates", "6") == 0
+    assert page_of(photos).read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
 def test_json_names_the_page(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert built(photos, "--json") == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(page_of(photos))

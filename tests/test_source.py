@@ -528,6 +528,12 @@ def test_groups_join_and_are_no_keys(folder: Path) -> None:
     assert rows["3.jpg"]["group"] == rows["3.jpg"]["key"]
 
 
+def test_a_table_beside_none_of_its_images_is_told_where_they_were_sought(folder: Path) -> None:
+    told = refusal(table(folder, "path,label\nfar/1.jpg,a\nfar/2.jpg,a\n"))
+    assert "'far/1.jpg' the first" in told
+    assert "--images FOLDER" in told
+
+
 def test_options_of_folders_are_refused_for_tables(folder: Path) -> None:
     path = table(folder, "path,label\n1.jpg,a\n")
     assert "--split-column" in refusal(path, split_from="top")

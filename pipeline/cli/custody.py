@@ -207,15 +207,17 @@ def gc(root: str, keep: int, delete: bool, grace: float | None, quiet: bool, as_
 
     with Reporter(quiet=quiet) as progress:
         done = collect(root, keep, grace_s=GRACE_S if grace is None else grace, delete=delete, progress=progress)
-    click.echo(json.dumps(done.to_json(), indent=1, sort_keys=True) if as_json else _collection(done, root, keep))
+    again = f"evenshard gc {show.safe(root)} --keep {keep}" + (f" --grace {grace:g}s" if grace is not None else "")
+    click.echo(json.dumps(done.to_json(), indent=1, sort_keys=True) if as_json else _collection(done, again))
 
 
-def _collection(done: Collection, root: str, keep: int) -> str:
+def _collection(done: Collection, again: str) -> str:
     size = show.num_bytes(done.removed_bytes)
     count = f"{len(done.removed):,} files"
     lines = [show.table(("kept", "why"), done.kept.items())]
     if done.collected:
-        lines.append(f"collected: snapshot {', '.join(map(str, done.collected))}")
+        verb = "collected" if done.deleted else "would collect"
+        lines.append(f"{verb}: snapshot {', '.join(map(str, done.collected))}")
     if not done.deleted:
         lines += [f"would remove {show.name(entry.path)}" for entry in done.removed[:_SHOWN]]
         if (more := len(done.removed) - _SHOWN) > 0:
@@ -230,7 +232,7 @@ def _collection(done: Collection, root: str, keep: int) -> str:
     if done.deleted:
         lines.append(f"freed {size}: removed {count}")
     elif done.removed:
-        lines.append(f"a dry run: to free {size} in {count}: evenshard gc {show.safe(root)} --keep {keep} --delete")
+        lines.append(f"a dry run: to free {size} in {count}: {again} --delete")
     else:
         lines.append("nothing to remove")
     return "\n".join(lines)

@@ -94,5 +94,6 @@ class Reporter:
             return
         self._last_line_s = now
         rate = (done - self._first_done) / (now - self._stage_start_s)
-        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
-        click.echo(f"{_VERBS.get(stage, stage)}: {done:,} of {total:,}, {rate:,.0f} images/s{left}", err=True)
+        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and total else ""
+        of_all = f" of {total:,}" if total else ""  # of containers nobody knows how many images they hold
+        click.echo(f"{_VERBS.get(stage, stage)}: {done:,}{of_all}, {rate:,.0f} images/s{left}", err=True)

@@ -142,7 +142,7 @@ def _every_few_seconds(echo: Echo, verb: str) -> Callable[[int, int], None]:
 
 def _build(plan: PhotoPlan, place: Path, echo: Echo) -> Snapshot:
     source, root = place / "photos", place / "root"
-    echo(f"\n[2/4] Building {root}: every photo read once, checked, packed into tars; Ray starts first")
+    echo(f"\n[2/4] Building {root}: every photo read once, checked, packed into tars")
     echo(f"      the same as: evenshard build {shlex.quote(str(source))} {shlex.quote(str(root))} --split-from top")
     say = _every_few_seconds(echo, "packed")
     config = make_config({}, source=str(source), root=str(root), split_from="top")

@@ -34,7 +34,7 @@ from pipeline.ingest.past import Past, load_past
 from pipeline.ingest.rejects import is_passing, read_rejects, reject_table
 from pipeline.ingest.settle import Samples, Settlement, settle
 from pipeline.ingest.shards import pack_source, repack
-from pipeline.ingest.source import Container, Listing, list_source
+from pipeline.ingest.source import Container, Listing, list_source, open_source
 from pipeline.ingest.splits import TRAIN, assign
 from pipeline.ingest.summary import BuildSummary, finish, summarise
 from pipeline.ingest.tables import Written, put_tables
@@ -78,13 +78,14 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     started_s = time.time()
     notify = progress or (lambda stage, done, total: None)
     policies = {name: parse(value) for name, value in config.manifests.items()}
+    source = open_source(config)
     store = Store.open(config.root, create=True)
     probe(store)
     store.sweep_abandoned(QUIET_S)
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
     notify("list", 0, 0)
-    build = _Build(config, store, parent, _with_class_ids_of(parent, list_source(config)), notify)
+    build = _Build(config, store, parent, _with_class_ids_of(parent, list_source(config, source)), notify)
     content = build.unchanged() or build.run()
     base = Base(content.class_table, content.classes, content.shards, content.samples)
     record = SnapshotRecord(

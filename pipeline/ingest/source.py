@@ -33,7 +33,7 @@ from pipeline.ingest.source_items import Fields, container_kind
 from pipeline.ingest.source_reader import SourceReader
 from pipeline.ingest.source_rows import Rows
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
-from pipeline.schema import REFERENCES
+from pipeline.schema import REFERENCES, Reason
 
 __all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "open_originals", "twins"]
 
@@ -66,13 +66,29 @@ class Listing:
     container_reader: ContainerReader | None = None
 
 
-def list_source(config: BuildConfig) -> Listing:
-    """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers."""
+@dataclass(frozen=True)
+class Source:
+    """A source that is there, lies apart from ROOT, and that the options of the build are made for."""
+
+    place: Place
+    storage: str
+    kind: _Kind
+
+
+def open_source(config: BuildConfig) -> Source:
+    """Look at ``config.source``, before anything is written: what is refused here leaves no trace."""
     source = open_place(config.source)
     storage = _storage_kind(source)
     kind = _kind(config, source, storage)
     _check_apart(source, open_place(config.root), is_file=storage == "file" or kind == "table")
     _check_options(config, source, kind)
+    return Source(source, storage, kind)
+
+
+def list_source(config: BuildConfig, opened: Source | None = None) -> Listing:
+    """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers."""
+    found = opened or open_source(config)
+    source, storage, kind = found.place, found.storage, found.kind
     if kind == "containers":
         return _list_containers(config, source, is_file=_is_one_file(source, storage))
     rows = Rows(max_bytes=config.max_image_bytes)
@@ -252,6 +268,11 @@ def _nothing_found(source: Place, rows: Rows, kind: _Kind) -> str:
     }[kind]
     if not rejected:
         return f"source {source.shown} is empty; expected {expected}"
+    if kind == "table" and set(rows.num_rejects_by_reason()) == {Reason.GONE}:
+        return (
+            f"none of the files that {source.shown} names is there, {rows.first_reject()!r} the first; paths are "
+            "relative to the table's folder: give another with `--images FOLDER`"
+        )
     return f"source {source.shown} has no usable image ({rejected}); expected {expected}"
 
 

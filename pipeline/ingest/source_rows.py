@@ -220,6 +220,10 @@ class Rows:
         reasons = [row[4] for row in self._rejects]
         return dict(sorted(((r, reasons.count(r)) for r in set(reasons)), key=lambda item: (-item[1], item[0])))
 
+    def first_reject(self) -> str:
+        """Its path, in the order of arrival; for messages."""
+        return self._rejects[0][0]
+
     def rejects_table(self) -> pa.Table:
         """REJECTS, sorted."""
         rows = sorted(self._rejects, key=lambda row: (row[0], row[4], row[5], row))

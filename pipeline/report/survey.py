@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.ingest.units import index_digests, index_keys
-from pipeline.schema import INDEX, FileRef, index_path
+from pipeline.schema import INDEXES, FileRef, index_path
 from pipeline.snapshot import Snapshot
 
 MAX_SHARDS = 512
@@ -140,7 +140,7 @@ def survey(snapshot: Snapshot, wanted: Iterable[bytes] = (), num_relatives: int 
 def _index(snapshot: Snapshot, row: dict[str, Any]) -> pa.Table:
     """Unlike ``Snapshot.index``, nothing is kept."""
     ref = FileRef(sha256=row["index_sha256"], size=row["index_size"], num_rows=row["num_samples"])
-    return snapshot.table(ref, INDEX, index_path(ref.sha256))
+    return snapshot.table(ref, INDEXES, index_path(ref.sha256))
 
 
 def _sides(long: NDArray[np.uint32]) -> tuple[tuple[str, int], ...]:
