@@ -76,6 +76,9 @@ class Topology:
 class Loader:
     """Batches of a manifest; each ``iter()`` yields (the rest of) one epoch, and the next ``iter()`` the next epoch.
 
+    All batches are full: the one at a seam holds draws of both epochs, and belongs to the one it starts in. So class
+    counts are exact over the draws, and ``len(loader)`` may differ by one between epochs.
+
     Leaving the loop early and calling ``iter()`` again starts the next epoch too; to go on within the epoch, restore
     the state. ``set_epoch(e)`` chooses the epoch of the next ``iter()``, and changes nothing if that already lies in
     epoch e, so ``for e in range(loader.epoch, num_epochs): loader.set_epoch(e)`` also resumes in the middle of an
