@@ -7,6 +7,7 @@
 other, each in a process of its own that adopts and waits for all its descendants, so that their processor time counts:
 
     floor           read, hash and write the same bytes; no tar, no index
+    floor-two       the same by two processes at once, as builds are measured: two busy cores are slower than one
     ustar           the same as tars, by the project's own bare writer
     tarfile         the same as tars, by Python's
     decode          Pillow's full decode of every image, and nothing else
@@ -106,6 +107,25 @@ def floor(directory: Path, dest: str) -> int:
     return number
 
 
+def floor_two(directory: Path, dest: str) -> int:
+    """Each process takes every other class."""
+    halves = [subprocess.Popen([sys.executable, __file__, "half", str(directory), dest, half]) for half in "01"]
+    if max([half.wait() for half in halves]):
+        raise RuntimeError("a half failed")
+    return sum(1 for _ in each_file(directory))
+
+
+def half_floor(directory: Path, dest: str, half: int) -> None:
+    digest, out = hashlib.sha256(), open(f"{dest}/{half}", "wb")  # noqa: SIM115
+    for number, folder in enumerate(sorted(entry.path for entry in os.scandir(directory))):
+        if number % 2 == half:
+            for name in sorted(os.listdir(folder)):
+                data = read(f"{folder}/{name}")
+                digest.update(data)
+                out.write(data)
+    out.close()
+
+
 def ustar(directory: Path, dest: str) -> int:
     from pipeline.ingest.shards import TarWriter
 
@@ -182,6 +202,7 @@ def build(check: str, address: str) -> Callable[[Path, str], int]:
 
 CASES: dict[str, Callable[[Path, str], int]] = {
     "floor": floor,
+    "floor-two": floor_two,
     "ustar": ustar,
     "tarfile": python_tarfile,
     "decode": decode,
@@ -287,7 +308,7 @@ def table(found: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["generate", "measure", "one", "run"])
+    parser.add_argument("action", choices=["generate", "measure", "one", "run", "half"])
     parser.add_argument("directory")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--images", type=int, default=20_000)
@@ -298,6 +319,8 @@ def main() -> None:
     directory = Path(arguments.directory).resolve()
     if arguments.action == "generate":
         generate(directory, arguments.images, arguments.classes)
+    elif arguments.action == "half":
+        half_floor(directory, arguments.names[0], int(arguments.names[1]))
     elif arguments.action == "run":
         print(CASES[arguments.names[0]](directory, arguments.names[1]))
     elif arguments.action == "one":
