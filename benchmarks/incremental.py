@@ -5,7 +5,7 @@
 
 DIR is copied into the scratch folder first, since images are changed. Each build runs in a process of its own, on a
 warm page cache, and prints one line of JSON: images read, shards written, seconds, CPU seconds of all its processes,
-the shares of the first build's. "Ray starts" is an empty Ray start, for scale: the first build contains one.
+the shares of the first build's.
 """
 
 from __future__ import annotations
@@ -48,24 +48,20 @@ def _wait_for_all() -> None:
 def _child(arguments: argparse.Namespace) -> None:
     started_s = time.perf_counter()
     _adopt_orphans()
-    if arguments.action == "start":
-        from pipeline.ingest.engine import RayEngine
+    import pipeline
+    from pipeline.store import spare_pandas
 
-        with RayEngine(address="local", workers=arguments.workers):
-            told: dict[str, object] = {}
-    else:
-        import pipeline
-
-        summary = pipeline.build(
-            arguments.directory, arguments.root, check=arguments.check, workers=arguments.workers, allow=("shrink",)
-        )
-        told = {
-            "images": summary.num_images,
-            "read": summary.num_read,
-            "shards": summary.num_shards,
-            "new_shards": summary.num_new_shards,
-            "changed": summary.changed,
-        }
+    spare_pandas()  # as the command does
+    summary = pipeline.build(
+        arguments.directory, arguments.root, check=arguments.check, workers=arguments.workers, allow=("shrink",)
+    )
+    told: dict[str, object] = {
+        "images": summary.num_images,
+        "read": summary.num_read,
+        "shards": summary.num_shards,
+        "new_shards": summary.num_new_shards,
+        "changed": summary.changed,
+    }
     elapsed_s = time.perf_counter() - started_s
     _wait_for_all()
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -76,8 +72,8 @@ def _child(arguments: argparse.Namespace) -> None:
     print(json.dumps(told), flush=True)
 
 
-def _run(what: str, action: str, source: Path, root: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, str(source), "--action", action, "--root", str(root)]
+def _run(what: str, source: Path, root: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, str(source), "--action", "build", "--root", str(root)]
     command += ["--check", arguments.check, "--workers", str(arguments.workers)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {"what": what, **json.loads(out.splitlines()[-1])}
@@ -88,11 +84,10 @@ def measure(arguments: argparse.Namespace) -> None:
         source, root = Path(scratch, "photos"), Path(scratch, "root")
         shutil.copytree(arguments.directory, source)
         paths = sorted(source.rglob("*.jpg"))
-        print(json.dumps(_run("Ray starts", "start", source, root, arguments)), flush=True)
         first: dict[str, float] = {}
         for what, count in (("first", 0), ("nothing", 0), ("nothing", 0), ("50", 50), ("1 %", len(paths) // 100)):
             change(paths, count, seed=count % 251 + 1)
-            told = _run(f"{what} changed" if first else what, "build", source, root, arguments)
+            told = _run(f"{what} changed" if first else what, source, root, arguments)
             first = first or told
             told |= {f"{name}_share": round(told[name] / first[name], 4) for name in ("wall_s", "cpu_s", "read")}
             print(json.dumps(told), flush=True)
@@ -104,7 +99,7 @@ def main() -> None:
     parser.add_argument("--check", default="decode")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--scratch", help="where the copy and the ROOT are made and removed again")
-    parser.add_argument("--action", choices=["measure", "start", "build"], default="measure", help=argparse.SUPPRESS)
+    parser.add_argument("--action", choices=["measure", "build"], default="measure", help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     measure(arguments) if arguments.action == "measure" else _child(arguments)
