@@ -38,7 +38,7 @@ def test_build_prints_what_was_built(tiny_images: Path, own_root: Path, capsys: 
     assert call("build", tiny_images, own_root, "--quiet") == 0
     told = capsys.readouterr().out
     assert "nothing changed: snapshot 1 stands" in told
-    assert "61 in 6 classes" in told
+    assert "61 in 6 classes: train" in told
     assert len(told.splitlines()) <= 11
 
 
@@ -73,8 +73,38 @@ def test_stats_of_one_split_count_that_split(root: Path, capsys: pytest.CaptureF
 def test_stats_for_people_start_with_the_largest_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("stats", root) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["0", "apple", "40", "65.57%", lines[1].split()[-1]]
-    assert "6 classes" in lines[-4]
+    assert lines[1].split() == ["0", "apple", "40", "32", "65.57%", lines[1].split()[-1]]
+    assert lines[-5] == "snapshot 1, all splits: 61 images in 6 classes"
+    assert lines[-4].startswith("train: ")
+
+
+def test_the_imbalance_is_that_of_train_and_says_so(
+    tiny_images: Path, own_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = pipeline.open_snapshot(own_root).classes["train"].to_numpy()
+    ratio, singles = train.max() / train.min(), int((train == 1).sum())
+    assert (ratio, singles) != (40, 2)  # of all splits
+    for words in (["stats", own_root], ["stats", own_root, "--split", "train"]):
+        assert call(*words) == 0
+        told = capsys.readouterr().out
+        assert f"imbalance ratio {ratio:.1f} (largest / smallest class)" in told
+        assert f"; {singles} with one image" in told
+        assert "images in train  classes" in told
+    assert call("stats", own_root, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["train"]["imbalance"] == ratio
+    assert call("build", tiny_images, own_root, "--quiet") == 0
+    assert f"in train: largest class {ratio:.0f} x the smallest, {singles} with one image" in capsys.readouterr().out
+
+
+def test_a_class_that_vanished_is_no_class_with_images(
+    tiny_images: Path, own_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "source")
+    shutil.rmtree(tmp_path / "source/fig")
+    assert call("build", tmp_path / "source", own_root, "--quiet", "--allow", "class-vanished") == 0
+    assert "images     60 in 5 classes (1 more without an image): train" in capsys.readouterr().out
+    assert call("stats", own_root) == 0
+    assert "all splits: 60 images in 5 classes (1 more without an image)" in capsys.readouterr().out
 
 
 def test_manifest_adds_a_snapshot_and_touches_no_image(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +191,10 @@ def test_diff_tells_what_a_rebuild_changed(
     }
     assert call("diff", root, "1", "2") == 0
     told = capsys.readouterr().out
-    assert "snapshot 1 to 2: 61 to 60 images; added 0, removed 1, changed 1, renamed 2, relabelled 1, moved 0" in told
+    assert (
+        "snapshot 1 to 2: 61 to 60 images in all splits; added 0, removed 1, changed 1, renamed 2, relabelled 1, moved 0"
+        in told
+    )
     assert "relabelled dates/apple.jpg (apple to dates)" in told
 
 

@@ -163,13 +163,13 @@ def test_colour_is_for_terminals_whose_user_wants_it(root: Path, capsys: pytest.
 
 
 def test_the_chart_counts_classes_by_their_images() -> None:
-    lines = distribution(np.array([1, 1, 1, 2, 4, 7, 150, 0])).splitlines()
+    lines = distribution(np.array([1, 1, 1, 2, 4, 7, 150, 0]), "train").splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
         ["1", "3"], ["2-4", "2"], ["5-9", "1"], ["10-19", "0"], ["20-49", "0"], ["50-99", "0"], ["100-199", "1"],
     ]  # fmt: skip
     assert [line.count("█") for line in lines[1:]] == [40, 26, 13, 0, 0, 0, 13]
     assert lines[-1].endswith("90.4% of the images")
-    assert distribution(np.zeros(3, np.int64)) == "no class has an image"
+    assert distribution(np.zeros(3, np.int64), "val") == "no class has an image in val"
 
 
 def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,10 +89,10 @@ def test_a_manifest_row_says_what_an_epoch_costs(snapshot: Snapshot, classes: Cl
 
 def test_the_headline_tells_head_and_tail() -> None:
     assert headline(np.array([10, 1, 1])) == (
-        "The largest class holds half of the images; half of the classes have a single image."
+        "The largest class holds half of the training images; half of the classes have a single one."
     )
     assert headline(np.array([4, 4, 4, 4])).startswith("The 2 largest of 4 classes hold half")
-    assert headline(np.zeros(3, np.int64)) == "There is no image in it."
+    assert headline(np.zeros(3, np.int64)) == "There is no training image in it."
 
 
 @pytest.mark.parametrize(

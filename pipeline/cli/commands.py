@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli import listing, show
 from pipeline.cli.asking import command, manifest_names
 from pipeline.cli.progress import Reporter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _Command = Callable[..., None]
 
@@ -138,7 +141,10 @@ def _plain(value: Any) -> Any:
 def stats(
     root: str, at: int | None, split: str | None, list_rejects: bool, every: bool, as_csv: bool, as_json: bool
 ) -> None:
-    """Class counts of a snapshot, and how imbalanced they are."""
+    """Class counts of a snapshot, and how imbalanced they are.
+
+    Images are counted over all splits, unless --split names one; the imbalance is that of train, which is trained on.
+    """
     from pipeline.ingest.stats import describe
     from pipeline.snapshot import open_snapshot
 
@@ -146,41 +152,57 @@ def stats(
     if list_rejects:
         _print_rejects(snapshot.rejects, as_csv, as_json)
         return
-    classes = snapshot.classes
-    counts = classes[split or "count"].to_numpy()
-    sizes = classes[f"{split}_bytes" if split else "bytes"].to_pylist()
+    rows = _class_rows(snapshot.classes, split)
+    counts, train = (snapshot.classes[name].to_numpy() for name in (split or "count", "train"))
     told = describe(counts)
-    columns = (classes["name"].to_pylist(), counts.tolist(), sizes, classes["evaluable"].to_pylist())
-    rows = [
+    if as_json:
+        body = {"snapshot": snapshot.number, "split": split, "summary": _plain(told), "classes": rows}
+        click.echo(json.dumps({**body, "train": _plain(describe(train))}, indent=1, ensure_ascii=False))
+    elif as_csv:
+        click.echo(listing.csv_text(list(rows[0]) if rows else [], (tuple(row.values()) for row in rows)))
+    else:
+        _print_classes(rows, split, every)
+        click.echo(f"{listing.distribution(counts if split else train, split or 'train')}\n")
+        what = f"snapshot {snapshot.number}, {split or 'all splits'}"
+        if split is None:  # a model meets the imbalance of train; val and test are cut evenly
+            click.echo(f"{what}: {told.num_images:,} images in {show.classes(told)}")
+            what, told = "train", describe(train)
+        click.echo(show.description(told, what))
+        if unmeasured := sum(not row["evaluable"] for row in rows):
+            num = show.counted(unmeasured, "class has", "classes have")
+            click.echo(f"{num} no image outside train and cannot be evaluated")
+
+
+def _class_rows(classes: pa.Table, split: str | None) -> list[dict[str, Any]]:
+    """One row per class, counting ``split``, or all splits and, beside that, train."""
+    wanted = ("name", split or "count", "train", f"{split}_bytes" if split else "bytes", "evaluable")
+    columns = [classes[name].to_pylist() for name in wanted]
+    total = max(sum(columns[1]), 1)
+    return [
         {
             "class_id": number,
             "name": name,
             "count": count,
-            "share": count / max(told.num_images, 1),
+            **({} if split else {"train": train}),
+            "share": count / total,
             "bytes": size,
             "evaluable": evaluable,
         }
-        for number, (name, count, size, evaluable) in enumerate(zip(*columns, strict=True))
+        for number, (name, count, train, size, evaluable) in enumerate(zip(*columns, strict=True))
     ]
-    if as_json:
-        body = {"snapshot": snapshot.number, "split": split, "summary": _plain(told), "classes": rows}
-        click.echo(json.dumps(body, indent=1, ensure_ascii=False))
-        return
-    if as_csv:
-        click.echo(listing.csv_text(list(rows[0]) if rows else [], (tuple(row.values()) for row in rows)))
-        return
-    rows.sort(key=lambda row: (-row["count"], row["class_id"]))
+
+
+def _print_classes(rows: list[dict[str, Any]], split: str | None, every: bool) -> None:
+    """The largest and the rarest of them, or ``every`` one."""
+    rows = sorted(rows, key=lambda row: (-row["count"], row["class_id"]))
     left_out = 0 if every or len(rows) <= _LISTED else len(rows) - _LARGEST - _RAREST
     listed = [*rows[:_LARGEST], *rows[-_RAREST:]] if left_out else rows
-    shown = [(row["class_id"], row["name"], row["count"], f"{row['share']:.2%}", row["bytes"]) for row in listed]
-    lines = show.table(("class_id", "name", "count", "share", "bytes"), shown).splitlines()
+    keys = ("class_id", "name", "count", *(() if split else ("train",)), "share", "bytes")
+    shown = ([f"{row[key]:.2%}" if key == "share" else row[key] for key in keys] for row in listed)
+    lines = show.table(keys, shown).splitlines()
     if left_out:
         lines.insert(1 + _LARGEST, f"... {left_out:,} more (--all lists them)")
-    click.echo("\n".join(lines))
-    click.echo(f"\n{listing.distribution(counts)}\n")
-    click.echo(show.description(told, f"snapshot {snapshot.number}, {split or 'all splits'}"))
-    if unmeasured := sum(not row["evaluable"] for row in rows):
-        click.echo(f"{unmeasured:,} classes have no image outside train and cannot be evaluated")
+    click.echo("\n".join(lines) + "\n")
 
 
 _LISTED, _LARGEST, _RAREST = 24, 12, 6

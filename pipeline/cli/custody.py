@@ -111,7 +111,7 @@ def diff(root: str, before: int | None, after: int | None, named: int, as_json: 
 def _diff(found: Diff) -> str:
     one, two = found.num_images
     lines = [
-        f"snapshot {found.before} to {found.after}: {one:,} to {two:,} images; "
+        f"snapshot {found.before} to {found.after}: {one:,} to {two:,} images in all splits; "
         + ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items()),
         f"{found.num_shared_shards:,} shards are shared, {found.num_opened_shards:,} were compared",
     ]

@@ -46,11 +46,11 @@ def plain(value: Any) -> Any:
 # -- the chart ------------------------------------------------------------------------------------------------------
 
 
-def distribution(counts: NDArray[np.integer]) -> str:
-    """How many classes have how many images, and what they hold: a bar for each range, 1, 2-4, 5-9, 10-19, ..."""
+def distribution(counts: NDArray[np.integer], split: str) -> str:
+    """Of the images of ``split``: how many classes have how many images, and what they hold: a bar for each range, 1, 2-4, 5-9, 10-19, ..."""
     present = counts[counts > 0]
     if not len(present):
-        return "no class has an image"
+        return f"no class has an image in {split}"
     edges = _edges(int(present.max()))
     edges = [
         edge for edge, following in zip(edges, [*edges[1:], edges[-1] + 1], strict=True) if following > present.min()
@@ -60,8 +60,9 @@ def distribution(counts: NDArray[np.integer]) -> str:
         inside = present[(present >= low) & (present < high)]
         label = f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
         rows.append((label, len(inside), int(inside.sum()) / int(present.sum())))
-    most, wide = max(count for _, count, _ in rows), max(len("images"), *(len(label) for label, _, _ in rows))
-    lines = [f"{'images':>{wide}}  {'classes':>7}  {'':{BAR}}  hold"]
+    title = f"images in {split}"
+    most, wide = max(count for _, count, _ in rows), max(len(title), *(len(label) for label, _, _ in rows))
+    lines = [f"{title:>{wide}}  {'classes':>7}  {'':{BAR}}  hold"]
     for label, count, share in rows:
         bar = show.painted(f"{_bar(count / most):{BAR}}", "cyan")
         lines.append(f"{label:>{wide}}  {count:7,}  {bar}  {share:.1%} of the images")

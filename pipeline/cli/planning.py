@@ -195,7 +195,9 @@ def _print_manifests(snapshot: Snapshot, names: Sequence[str], as_json: bool) ->
     click.echo(
         show.table(header, ((*(row[key] for key in keys), text) for row, text in zip(rows, policies, strict=True)))
     )
-    click.echo(f"\nsnapshot {snapshot.number}; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)")
+    click.echo(
+        f"\nsnapshot {snapshot.number}, draws from train; in Python: pipeline.open_snapshot(ROOT).manifest(NAME)"
+    )
 
 
 @command(

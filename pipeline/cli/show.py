@@ -67,9 +67,19 @@ def num_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 file``, ``2 files``; ``1 class has``, ``2,000 classes have``."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def classes(told: Description) -> str:
+    """``5 classes``, and how many more exist without an image: a class that vanished keeps its id."""
+    empty = f" ({told.num_empty:,} more without an image)" if told.num_empty else ""
+    return f"{counted(told.num_classes, 'class', 'classes')}{empty}"
+
+
 def build_summary(summary: BuildSummary, root: str) -> str:
     """What was built, in ten lines or so."""
-    told = summary.description
     rejects = ", ".join(f"{count:,} {reason}" for reason, count in summary.rejects.items()) or "none"
     splits = ", ".join(f"{split} {count:,}" for split, count in summary.splits.items())
     draws = ", ".join(f"{key} {count:,}" for key, count in summary.manifests.items())
@@ -77,10 +87,10 @@ def build_summary(summary: BuildSummary, root: str) -> str:
     read = f"read {summary.num_read:,} images ({num_bytes(summary.read_bytes)})"
     lines = [
         f"{state} in {safe(root)}",
-        f"images     {summary.num_images:,} in {summary.num_classes:,} classes ({splits})",
+        f"images     {summary.num_images:,} in {classes(summary.description)}: {splits}",
         f"rejects    {summary.num_rejects:,}: {rejects}" if summary.num_rejects else "rejects    none",
         *([_near(summary.near_duplicates)] if summary.near_duplicates else []),
-        f"imbalance  {_imbalance(told)}",
+        f"imbalance  {_imbalance(summary.trained)}",
         f"work       {read} in {summary.elapsed_s:,.1f} s, {summary.num_reused_units} of {summary.num_units} units "
         "were done before",
         f"manifests  {draws} (draws per epoch)",
@@ -99,7 +109,7 @@ def _near(found: Mapping[str, int]) -> str:
 
 def _imbalance(told: Description) -> str:
     return (
-        f"largest class {told.imbalance:,.0f} x the smallest, {told.singletons:,} classes with one image, "
+        f"in train: largest class {told.imbalance:,.0f} x the smallest, {told.singletons:,} with one image, "
         f"Gini {told.gini:.2f}, {told.effective_classes:,.1f} effective classes"
     )
 
@@ -112,10 +122,10 @@ def description(told: Description, what: str) -> str:
     )
     return "\n".join(
         [
-            f"{what}: {told.num_images:,} images in {told.num_classes:,} classes",
+            f"{what}: {told.num_images:,} images in {classes(told)}",
             f"imbalance ratio {told.imbalance:,.1f} (largest / smallest class)   Gini {told.gini:.3f}   "
             f"entropy {told.entropy:.3f} nats = {told.effective_classes:,.1f} effective classes",
-            f"classes: {groups}; {told.singletons:,} with one image, {told.num_empty:,} with none",
+            f"classes: {groups}; {told.singletons:,} with one image",
         ]
     )
 

@@ -42,7 +42,8 @@ class BuildSummary:
     splits: Mapping[str, int]
     near_duplicates: Mapping[str, int] | None  # num_groups, num_images; None: not looked for
     manifests: Mapping[str, int]  # draws per epoch
-    description: Description
+    description: Description  # of all splits
+    trained: Description  # of train alone: the imbalance that a model meets
     num_read: int  # images read from the source
     read_bytes: int
     num_units: int  # of reading
@@ -72,6 +73,7 @@ def summarise(
         near_duplicates=snapshot.record.near_duplicates,
         manifests={name: snapshot.manifest(name).num_draws for name in snapshot.manifests},
         description=describe(classes["count"].to_numpy()),
+        trained=describe(classes["train"].to_numpy()),
         num_read=sum(record.num_images for record in fresh),
         read_bytes=sum(record.num_bytes for record in fresh),
         num_units=len(records),

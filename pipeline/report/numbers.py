@@ -192,15 +192,15 @@ def split_rows(classes: Classes) -> list[dict[str, Any]]:
 
 
 def headline(counts: IntArray) -> str:
-    """The imbalance in one sentence."""
+    """The imbalance of ``counts``, training images of each class, in one sentence."""
     sizes = np.sort(counts[counts > 0])[::-1]
     if not len(sizes):
-        return "There is no image in it."
+        return "There is no training image in it."
     needed = int(np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)) + 1
     median = int(sizes[len(sizes) // 2])  # half of the classes, rounded down, have no more
     head = "The largest class holds" if needed == 1 else f"The {needed:,} largest of {len(sizes):,} classes hold"
-    tail = "a single image" if median == 1 else f"{median:,} or fewer"
-    return f"{head} half of the images; half of the classes have {tail}."
+    tail = "a single one" if median == 1 else f"{median:,} or fewer"
+    return f"{head} half of the training images; half of the classes have {tail}."
 
 
 def seven_digits(values: FloatArray) -> list[float | str]:

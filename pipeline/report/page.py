@@ -100,7 +100,7 @@ def render(snapshot: Snapshot, originals: Originals | None = None) -> str:
         snapshot=snapshot,
         told=describe(classes.count),
         trained=describe(classes.train),
-        headline=headline(classes.count),
+        headline=headline(classes.train),
         covered=coverage(classes),
         splits=split_rows(classes),
         groups=(groups := group_rows(classes, draws)),
