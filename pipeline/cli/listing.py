@@ -47,7 +47,7 @@ def plain(value: Any) -> Any:
 
 
 def distribution(counts: NDArray[np.integer], split: str) -> str:
-    """Of the images of ``split``: how many classes have how many images, and what they hold: a bar for each range, 1, 2-4, 5-9, 10-19, ..."""
+    """How many classes have how many images of ``split``, and what they hold: a bar for each range, 1, 2-4, 5-9, ..."""
     present = counts[counts > 0]
     if not len(present):
         return f"no class has an image in {split}"
