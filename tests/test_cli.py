@@ -151,7 +151,7 @@ def test_history_tells_each_snapshot_and_its_run(
     tiny_images: Path, own_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("manifest", own_root, "flat", "--policy", "balanced:per_class=7") == 0
-    assert call("pin", own_root, "paper", "--snapshot", "1") == 0
+    assert call("pin", own_root, "paper", "--at", "1") == 0
     capsys.readouterr()
     assert call("history", own_root, "--json") == 0
     first, second = json.loads(capsys.readouterr().out)
@@ -256,7 +256,7 @@ WRONG = {
     "no duration": (["gc", "{root}", "--keep", "1", "--grace", "week"], 2, "7d"),
     "nothing to compare": (["diff", "{root}"], 2, "no snapshot before"),
     "gc without a snapshot": (["gc", "{tmp}/other", "--keep", "1", "--delete"], 1, "no snapshot"),
-    "pin of what is not there": (["pin", "{root}", "x", "--snapshot", "9"], 1, "the newest is 1"),
+    "pin of what is not there": (["pin", "{root}", "x", "--at", "9"], 1, "the newest is 1"),
     "removing without a name": (["pin", "{root}", "--remove"], 2, "which pin"),
     "unknown pin": (["pin", "{root}", "x", "--remove"], 1, "pins: none"),
     "history of nothing": (["history", "{tmp}/empty"], 1, "evenshard build"),

@@ -19,12 +19,13 @@ import pytest
 from real_servers import s3
 from tiny_snapshot import write_snapshot
 
+from pipeline.cli import cli, run
 from pipeline.errors import CommitError, IntegrityError, NotFoundError, StoreError, UsageError
 from pipeline.ingest.collect import Collection, collect
 from pipeline.ingest.commit import commit
 from pipeline.ingest.pins import pin, read_pins, unpin
 from pipeline.schema import SnapshotRecord, snapshot_path
-from pipeline.snapshot import Snapshot, newest_number, open_snapshot
+from pipeline.snapshot import Snapshot, newest_number, open_snapshot, reader
 from pipeline.store import Store
 
 DAY_S = 86_400
@@ -307,12 +308,51 @@ def test_what_was_collected_cannot_be_pinned(store: Store) -> None:
 def test_opening_what_was_collected_says_so(store: Store) -> None:
     opened = open_snapshot(store, 1)
     collect(store, 1, delete=True)
-    told = r"snapshot 1 of .* was collected: `evenshard gc` removed .*open the newest one.*`evenshard pin`"
+    told = (
+        r"snapshot 1 of .* was collected: `evenshard gc` removed .* What remains is snapshot \d+; "
+        r"`evenshard history /.*`evenshard pin /.* NAME --at N`"
+    )
     with pytest.raises(NotFoundError, match=told):
         open_snapshot(store, 1)
     for read in (lambda: opened.classes, lambda: opened.samples("train"), lambda: opened.manifest("natural")):
         with pytest.raises(NotFoundError, match=told):
             read()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stats {} --at 1",
+        "plan {} --at 1",
+        "manifests {} --at 1",
+        "classes {} natural --at 1",
+        "export {} natural {}-tars --at 1",
+        "verify {} --at 1",
+        "report {} --at 1",
+        "pin {} late --at 1",
+        "diff {}",
+        "diff {} 1 2",
+        "diff {} 1 1",
+    ],
+)
+def test_every_reader_names_what_remains_and_the_way_out(
+    words: str, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect(store, 1, delete=True)
+    assert run(cli, words.replace("{}", store.root).split()) == 1
+    told = capsys.readouterr().err
+    assert f"snapshot 1 of {store.url} was collected" in told
+    assert "What remains is snapshot 2; `evenshard history" in told
+    assert "NAME --at N`" in told
+    assert ("Two that remain compare: `evenshard diff" in told) == words.startswith("diff")
+
+
+def test_of_many_that_remain_the_newest_are_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect(store, 1, delete=True)
+    monkeypatch.setattr(reader, "MAX_NAMED", 1)
+    monkeypatch.setattr(reader, "newest_number", lambda store: 4)  # 2, 3 and 4 remain
+    with pytest.raises(NotFoundError, match="What remains is snapshot 2 older ones and 4;"):
+        open_snapshot(store, 1)
 
 
 def read_all(snapshot: Snapshot) -> None:

@@ -154,10 +154,10 @@ def _change(kind: str, change: Change) -> str:
     return f"{path} ({show.name(details[kind])})"
 
 
-@command(examples=("pin ROOT paper --snapshot 2", "pin ROOT paper --remove"))
+@command(examples=("pin ROOT paper --at 2", "pin ROOT paper --remove"))
 @click.argument("root")
 @click.argument("name", required=False)
-@click.option("--snapshot", "number", type=int, metavar="N", help="Which snapshot (default: the newest).")
+@click.option("--at", "number", type=int, metavar="N", help="A snapshot other than the newest.")
 @click.option("--remove", is_flag=True, help="Remove the pin instead.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: bool) -> None:
@@ -175,7 +175,7 @@ def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: 
         text = show.table(("pin", "snapshot"), ((one.name, one.snapshot) for one in pins)) if pins else "no pins"
     elif remove:
         if number is not None:
-            raise UsageError("--remove takes the name alone, no --snapshot")
+            raise UsageError("--remove takes the name alone, no --at")
         pins = (unpin(root, name),)
         text = f"removed pin {name}: snapshot {pins[0].snapshot} goes when no longer among those that gc keeps"
     else:

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import UsageError
+from pipeline.errors import NotFoundError, UsageError
 from pipeline.ingest.units import index_digests, index_keys
 from pipeline.schema import INDEXES, SPLITS, FileRef, index_path
-from pipeline.snapshot import Snapshot, newest_number, open_snapshot
+from pipeline.snapshot import Snapshot, is_collected, newest_number, open_snapshot
 from pipeline.store import Store
 
 Rows = NDArray[np.int64]
@@ -92,7 +92,16 @@ def diff(
     before = after - 1 if before is None else before
     if before < 1:
         raise UsageError(f"there is no snapshot before snapshot {after} of {store.url}: nothing to compare it with")
-    return _Comparison(open_snapshot(store, before), open_snapshot(store, after)).result(num_named)
+    return _Comparison(*(_opened(store, number) for number in (before, after))).result(num_named)
+
+
+def _opened(store: Store, number: int) -> Snapshot:
+    try:
+        return open_snapshot(store, number)
+    except NotFoundError as error:
+        if not is_collected(store, number):
+            raise
+        raise NotFoundError(f"{error}. Two that remain compare: `evenshard diff {store.url} A B`") from None
 
 
 class _Side:

@@ -18,6 +18,7 @@ from pipeline.snapshot.reader import (
     newest_number,
     open_snapshot,
     read_record,
+    refuse_collected,
     snapshot_exists,
 )
 from pipeline.snapshot.record import decode_record, encode_record, record_id
@@ -32,5 +33,6 @@ __all__ = [
     "open_snapshot",
     "read_record",
     "record_id",
+    "refuse_collected",
     "snapshot_exists",
 ]

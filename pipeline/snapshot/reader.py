@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import IntegrityError, NotFoundError, UsageError
+from pipeline.errors import IntegrityError, NotFoundError, StoreError, UsageError
 from pipeline.plan import manifest as plan
 from pipeline.plan.policy import apply
 from pipeline.plan.spelling import nearest
@@ -44,6 +44,10 @@ OPEN_INDEXES = 64
 """Indexes that a snapshot keeps in memory: some 20 MB of full shards."""
 
 
+MAX_NAMED = 20
+"""Snapshots that a message names."""
+
+
 def open_snapshot(root: str | os.PathLike[str] | Store, at: int | None = None) -> Snapshot:
     """Snapshot number ``at`` of ``root``, the newest by default."""
     store = root if isinstance(root, Store) else Store.open(root)
@@ -54,8 +58,8 @@ def open_snapshot(root: str | os.PathLike[str] | Store, at: int | None = None) -
         raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
     if at is not None and number != at:
         raise NotFoundError(f"there is no snapshot {at} in {store.url}; the newest is {number}")
-    if at is not None and is_collected(store, at):
-        raise NotFoundError(_collected(store, at))
+    if at is not None:
+        refuse_collected(store, at)
     return Snapshot(store, read_record(store, number))
 
 
@@ -82,12 +86,32 @@ def is_collected(store: Store, number: int) -> bool:
     return store.exists(collected_path(number))
 
 
+def refuse_collected(store: Store, number: int) -> None:
+    """``NotFoundError`` that says what remains, where snapshot ``number`` was collected."""
+    if is_collected(store, number):
+        raise NotFoundError(_collected(store, number))
+
+
 def _collected(store: Store, number: int) -> str:
     return (
         f"snapshot {number} of {store.url} was collected: `evenshard gc` removed files that only it named "
-        f"({collected_path(number)} says when); open the newest one, or build again from the source as it was then, "
-        f"and keep snapshots in use with `evenshard pin`"
+        f"({collected_path(number)} says when). {_remaining(store)}; `evenshard history {store.url}` tells what each "
+        f"of them is. To have snapshot {number} again, build from the source as it was then; to keep one that is in "
+        f"use, `evenshard pin {store.url} NAME --at N`"
     )
+
+
+def _remaining(store: Store) -> str:
+    """Which snapshots are whole, oldest first; of storage that lists nothing, only the newest is known to be."""
+    newest = newest_number(store)
+    try:
+        gone = {int(os.path.basename(path)[:8]) for path in store.list(os.path.dirname(collected_path(1)))}
+    except (StoreError, ValueError):
+        return f"The newest one, {newest}, remains"
+    whole = [number for number in range(1, newest + 1) if number not in gone]
+    shown = ", ".join(map(str, whole[-MAX_NAMED:]))
+    older = f"{len(whole) - MAX_NAMED:,} older ones and " if len(whole) > MAX_NAMED else ""
+    return f"What remains is snapshot {older}{shown}" if whole else "None remains"
 
 
 def read_record(store: Store, number: int) -> SnapshotRecord:

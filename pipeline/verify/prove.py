@@ -24,7 +24,7 @@ from pipeline.schema import (
     table_path,
     tar_path,
 )
-from pipeline.snapshot import decode_record, newest_number, record_id
+from pipeline.snapshot import decode_record, newest_number, record_id, refuse_collected
 from pipeline.store import Store, ipc_to_table
 from pipeline.verify import rows as images
 from pipeline.verify import tables
@@ -89,6 +89,8 @@ def _number(store: Store, at: int | None) -> int:
         raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
     if at is not None and not 1 <= at <= newest:
         raise NotFoundError(f"there is no snapshot {at} in {store.url}; the newest is {newest}")
+    if at is not None:
+        refuse_collected(store, at)
     return at or newest
 
 
