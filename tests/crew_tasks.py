@@ -42,3 +42,27 @@ def run_on(folder: str, *, attempt: int) -> Iterator[int]:
     for _ in range(600):
         time.sleep(0.1)
         yield 0
+
+
+def fail_once(folder: str, *, attempt: int) -> Iterator[int | str]:
+    """Storage trouble the first time, then none."""
+    yield 1
+    note = Path(folder, "tried")
+    if not note.exists():
+        note.touch()
+        raise OSError(5, "trouble")
+    yield "done"
+
+
+def what_ray_knows(*, attempt: int) -> Iterator[int | str]:
+    """The name and the memory that Ray has for the task it is called from."""
+    import ray
+
+    context = ray.get_runtime_context()
+    yield f"{context.get_task_name()}: {context.get_assigned_resources()['memory']:.0f} bytes"
+
+
+def die_then_tell(*, attempt: int) -> Iterator[int | str]:
+    if attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from what_ray_knows(attempt=attempt)

@@ -15,11 +15,14 @@ class SerialEngine:
         self.ran: list[str] = []
 
     def map(
-        self, function: Callable[..., Iterator[Any]], units: Iterable[tuple[str, tuple[Any, ...]]]
+        self, function: Callable[..., Iterator[Any]], units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
     ) -> Iterator[Any]:
         for name, arguments in units:
             self.ran.append(f"{function.__name__} {name}")
             yield from function(*arguments, attempt=1)
+
+    def note(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 @pytest.fixture

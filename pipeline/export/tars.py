@@ -122,7 +122,7 @@ def export_tars(
     if missing:
         units = ((names[shard], (plan, shard, store.root)) for shard in missing)
         with open_engine(address=address, workers=workers) as engine:
-            for count in engine.map(write_shard, units):
+            for count in engine.map(write_shard, units, "export"):
                 done += count
                 notify("export", done, plan.num_draws)
     _describe(store, manifest, plan, names)

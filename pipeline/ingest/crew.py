@@ -3,18 +3,19 @@
 Comes in: a generator function and its arguments, one tuple per unit, and a `Crew` that runs them. The function yields
 the number of images done since it last yielded, then its result. Goes out: those numbers as they come, and results in
 the order they finish. Guarantees: at most a crew's capacity is in flight; a unit whose worker was lost is tried again
-and told so (``attempt``), as is a failing storage call; what still fails ends the build by name. Results are small
-facts, never image bytes.
+and told so (``attempt``), as is a failing storage call; what still fails ends the build by name; what was lost, tried
+again and spent is noted (`ingest.meters`). Results are small facts, never image bytes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pipeline.errors import EngineError, EvenshardError, StoreError
+from pipeline.ingest.meters import RETRIES, UNIT_SECONDS, UNITS_LOST, Metric
 
 MAX_TRIALS = 4
 """Of a unit inside one worker, where storage fails."""
@@ -34,17 +35,28 @@ class Task:
 
     function: UnitFunction
     arguments: tuple[Any, ...]
+    title: str = "unit"  # the stage and the unit's name
     attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a task that came to its end has cost; the last that `work` yields, and for `run_units` alone."""
+
+    seconds: float
+    retries: int
 
 
 def work(task: Task) -> Iterator[Any]:
     """Run a task, inside a worker. Storage trouble is retried here, and what was told of images then taken back."""
+    began_s = time.monotonic()
     for trial in range(1, MAX_TRIALS + 1):
         done = 0
         try:
             for item in task.function(*task.arguments, attempt=task.attempt):
                 done += item if isinstance(item, int) else 0
                 yield item
+            yield Spent(time.monotonic() - began_s, trial - 1)
             return
         except _TRANSIENT:
             if trial == MAX_TRIALS:
@@ -101,19 +113,27 @@ class Crew(Protocol):
         """Forget every task."""
         ...
 
+    def note(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add ``value`` to a metric, where somebody collects them."""
+        ...
+
 
 @dataclass
 class _Running:
     name: str
+    stage: str
     task: Task
     num_done: int = 0  # images of this attempt
     has_result: bool = False
 
 
-def run_units(crew: Crew, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
+def run_units(
+    crew: Crew, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
+) -> Iterator[Any]:
     """Run ``function(*arguments, attempt=n)`` for each ``(name, arguments)`` and yield what it yields, as it comes.
 
-    A zero is yielded whenever a second has passed without anything, so that callers can show that time passes.
+    ``stage`` says what is done to them, for dashboards. A zero is yielded whenever a second has passed without
+    anything, so that callers can show that time passes.
     Errors: ``EngineError`` naming the unit; an ``EvenshardError`` of the function is raised as itself.
     """
     running: dict[Any, _Running] = {}
@@ -126,8 +146,8 @@ def run_units(crew: Crew, function: UnitFunction, units: Iterable[tuple[str, tup
                 if unit is None:
                     exhausted = True
                 else:
-                    task = Task(function, unit[1])
-                    running[crew.start(task)] = _Running(unit[0], task)
+                    task = Task(function, unit[1], f"{stage} {unit[0]}")
+                    running[crew.start(task)] = _Running(unit[0], stage, task)
             if running:
                 yield from _events(crew, running)
     finally:
@@ -141,6 +161,9 @@ def _events(crew: Crew, running: dict[Any, _Running]) -> Iterator[Any]:
         yield 0
     for handle, event in events:
         unit = running[handle]
+        if isinstance(event, Item) and isinstance(event.value, Spent):
+            _note(crew, unit, event.value)
+            continue
         if isinstance(event, Item):
             is_count = isinstance(event.value, int)
             unit.num_done += event.value if is_count else 0
@@ -151,9 +174,16 @@ def _events(crew: Crew, running: dict[Any, _Running]) -> Iterator[Any]:
         if isinstance(event, Failed):
             raise _named(unit, event.error) from event.error
         if isinstance(event, Lost) and not unit.has_result:
+            crew.note(UNITS_LOST, 1, stage=unit.stage)
             yield -unit.num_done  # it starts over
             again = _again(unit, event)
             running[crew.start(again.task)] = again
+
+
+def _note(crew: Crew, unit: _Running, spent: Spent) -> None:
+    crew.note(UNIT_SECONDS, spent.seconds, stage=unit.stage)
+    if spent.retries:
+        crew.note(RETRIES, spent.retries, stage=unit.stage)
 
 
 def _again(unit: _Running, lost: Lost) -> _Running:
@@ -163,7 +193,7 @@ def _again(unit: _Running, lost: Lost) -> _Running:
             f"unit {unit.name} lost its worker {MAX_ATTEMPTS} times: {lost.told}. "
             "Finished units are kept: run the same command again to go on from here"
         )
-    return _Running(unit.name, Task(task.function, task.arguments, task.attempt + 1))
+    return _Running(unit.name, unit.stage, replace(task, attempt=task.attempt + 1))
 
 
 def _named(unit: _Running, error: BaseException) -> BaseException:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pipeline.ingest.crew import UnitFunction
+from pipeline.ingest.meters import Metric
 from pipeline.ingest.pool import Pool
 
 NO_RAY = "none"
@@ -22,8 +23,14 @@ NO_RAY = "none"
 class Engine(Protocol):
     """What runs units."""
 
-    def map(self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
+    def map(
+        self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
+    ) -> Iterator[Any]:
         """See `crew.run_units`."""
+        ...
+
+    def note(self, metric: Metric, value: float, **labels: str) -> None:
+        """See `crew.Crew.note`."""
         ...
 
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.ingest.crew import Ended, Event, Failed, Item, Lost, Task, UnitFunction, run_units, work
+from pipeline.ingest.meters import Metric
 from pipeline.store import spare_pandas
 
 _MAIN = "import sys; sys.path[:] = {!r}; from pipeline.ingest.pool import serve; serve(int(sys.argv[1]))"
@@ -46,9 +47,14 @@ class Pool:
         for worker in list(self._processes):
             self._end(worker)
 
-    def map(self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
+    def map(
+        self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
+    ) -> Iterator[Any]:
         """`run_units` on these processes."""
-        return run_units(self, function, units)
+        return run_units(self, function, units, stage)
+
+    def note(self, metric: Metric, value: float, **labels: str) -> None:
+        """Nobody collects metrics of one machine's processes: the command tells what it did."""
 
     def capacity(self) -> int:
         """One more waits than can be worked at, so that no worker does."""

@@ -6,6 +6,7 @@ Ray, are started only if something is to be done, and once; progress is told at 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -17,6 +18,7 @@ from pipeline.config import BuildConfig
 from pipeline.ingest.commit import GRACE_S
 from pipeline.ingest.containers import ContainerUnit
 from pipeline.ingest.engines import Engine, open_engine
+from pipeline.ingest.meters import BYTES, IMAGES, REJECTS
 from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitRecord, find_unit_record
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
@@ -69,9 +71,10 @@ class Work:
         if first is not None:
             engine = self._engine()
             self._notify(stage, done, total)
-            for item in engine.map(function, chain([first], waiting)):
+            for item in engine.map(function, chain([first], waiting), stage):
                 if isinstance(item, UnitRecord):
                     finished[item.digest] = item
+                    _note(engine, item, stage)
                 else:
                     done += item
                 self._notify(stage, done, total)
@@ -89,3 +92,13 @@ class Work:
             opened = open_engine(address=config.address, workers=config.workers)
             self._started = self._open.enter_context(opened)
         return self._started
+
+
+def _note(engine: Engine, record: UnitRecord, stage: str) -> None:
+    """What was read, for those who watch; repacking reads none from the source."""
+    if not record.num_images:
+        return
+    engine.note(IMAGES, record.num_images, stage=stage)
+    engine.note(BYTES, record.num_bytes, stage=stage)
+    for reason, count in Counter(reason for _, reason, _, _ in record.rejects).items():
+        engine.note(REJECTS, count, reason=reason)
