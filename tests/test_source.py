@@ -275,10 +275,10 @@ def test_a_folder_that_cannot_be_listed_is_no_short_list(folder: Path, monkeypat
     put(folder, "a/1.jpg", "b/1.jpg")
     scan = os.scandir
 
-    def deny(descriptor: int) -> Any:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/b"):
+    def deny(place: int | str) -> Any:
+        if (os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place).endswith("/b"):
             raise PermissionError(13, "Permission denied")
-        return scan(descriptor)
+        return scan(place)
 
     monkeypatch.setattr(source_files.os, "scandir", deny)
     assert "folder 'b' cannot be listed: Permission denied" in refusal(folder)

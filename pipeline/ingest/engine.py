@@ -95,6 +95,9 @@ class RayEngine:
         present = max(1, int(ray.cluster_resources().get("CPU", 1)))
         return min(present, self._workers) if self._workers else present
 
+    def prepare(self) -> None:
+        """Nothing: Ray starts workers when there are tasks."""
+
     def map(
         self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
     ) -> Iterator[Any]:

@@ -19,9 +19,16 @@ from pipeline.ingest.pool import Pool
 NO_RAY = "none"
 """The address that stands for no Ray at all."""
 
+POOL_START_S, RAY_START_S = 0.25, 5.0
+"""Measured: a worker's imports; a private Ray on two cores, which a connection to a cluster undercuts."""
+
 
 class Engine(Protocol):
     """What runs units."""
+
+    def prepare(self) -> None:
+        """There will be units soon."""
+        ...
 
     def map(
         self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "unit"
@@ -41,11 +48,26 @@ def open_engine(*, address: str | None, workers: int | None) -> AbstractContextM
     $RAY_ADDRESS says (as it does within a Ray job), else a Ray that this process is connected to, else processes: on
     one machine a private Ray does nothing that they do not, and takes seconds to start.
     """
-    chosen = address or os.environ.get("RAY_ADDRESS")
-    if chosen == NO_RAY or (chosen is None and "ray" not in sys.modules):
+    chosen = _chosen(address)
+    if chosen == NO_RAY:
         return Pool(workers=workers)
-    from pipeline.ingest.engine import RayEngine, is_running
+    from pipeline.ingest.engine import RayEngine
 
-    if chosen is None and not is_running():
-        return Pool(workers=workers)
     return RayEngine(address=chosen, workers=workers)
+
+
+def start_s(address: str | None) -> float:
+    """About how long the engine takes until it works, in seconds; asking starts nothing."""
+    return POOL_START_S if _chosen(address) == NO_RAY else RAY_START_S
+
+
+def _chosen(address: str | None) -> str | None:
+    """``NO_RAY``, an address, or None for the Ray that this process is connected to."""
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    if chosen is not None:
+        return chosen
+    if "ray" not in sys.modules:
+        return NO_RAY
+    from pipeline.ingest.engine import is_running
+
+    return None if is_running() else NO_RAY

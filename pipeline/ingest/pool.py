@@ -56,6 +56,11 @@ class Pool:
     def note(self, metric: Metric, value: float, **labels: str) -> None:
         """Nobody collects metrics of one machine's processes: the command tells what it did."""
 
+    def prepare(self) -> None:
+        """Let all workers start, while their driver still has something to do."""
+        while len(self._processes) < self._num_workers:
+            self._begin()
+
     def capacity(self) -> int:
         """One more waits than can be worked at, so that no worker does."""
         return self._num_workers + 1

@@ -85,8 +85,10 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
     notify("list", 0, 0)
-    build = _Build(config, store, parent, _with_class_ids_of(parent, list_source(config, source)), notify)
-    content = build.unchanged() or build.run()
+    with Work(config, store, parent, notify) as work:
+        listing = _with_class_ids_of(parent, list_source(config, source, work))
+        build = _Build(config, store, parent, listing, notify)
+        content = build.unchanged() or build.run(work)
     base = Base(content.class_table, content.classes, content.shards, content.samples)
     record = SnapshotRecord(
         number=parent.number + 1 if parent else 1,
@@ -170,16 +172,15 @@ class _Build:
             near_duplicates=record.near_duplicates,
         )
 
-    def run(self) -> _Content:
+    def run(self, work: Work) -> _Content:
         """Read what is not known, settle who is in, write the shards and tables that this changes."""
         past = load_past(self._store, self._parent)
-        with Work(self._config, self._store, self._parent, self._notify) as work:
-            self._open_containers(work)
-            _check_train(self._config, self.listing.references["split"].to_numpy())
-            known, samples, settled, packs = self._read_and_settle(work, past)
-            rejects = self._rejects(known, samples, settled)
-            self._guard(past, samples, settled, rejects)
-            shards = self._write(work, samples, settled, packs)
+        self._open_containers(work)
+        _check_train(self._config, self.listing.references["split"].to_numpy())
+        known, samples, settled, packs = self._read_and_settle(work, past)
+        rejects = self._rejects(known, samples, settled)
+        self._guard(past, samples, settled, rejects)
+        shards = self._write(work, samples, settled, packs)
         self._notify("tables", 0, 0)
         stays, near = settled.split != SPLIT_UNSET, self._config.near_duplicates
         departed = past.departures(samples.key[stays], samples.digest[stays])

@@ -33,6 +33,7 @@ from pipeline.ingest.source_items import Fields, container_kind
 from pipeline.ingest.source_reader import SourceReader
 from pipeline.ingest.source_rows import Rows
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
+from pipeline.ingest.source_walk import SharedWalk, Workers
 from pipeline.schema import REFERENCES, Reason
 
 __all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "open_originals", "twins"]
@@ -45,6 +46,7 @@ _NOT_FOR = {
     "containers": ("path_column", "images"),
 }
 """Options that mean nothing for a kind of source."""
+
 
 _Kind = Literal["folder", "table", "containers"]
 
@@ -85,15 +87,18 @@ def open_source(config: BuildConfig) -> Source:
     return Source(source, storage, kind)
 
 
-def list_source(config: BuildConfig, opened: Source | None = None) -> Listing:
-    """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers."""
+def list_source(config: BuildConfig, opened: Source | None = None, workers: Workers | None = None) -> Listing:
+    """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers.
+
+    ``workers`` share the listing of a folder if it takes longer than they take to start.
+    """
     found = opened or open_source(config)
     source, storage, kind = found.place, found.storage, found.kind
     if kind == "containers":
         return _list_containers(config, source, is_file=_is_one_file(source, storage))
     rows = Rows(max_bytes=config.max_image_bytes)
     images, notices, splits_given = (
-        _list_table(config, source, rows) if kind == "table" else _list_folder(config, source, rows)
+        _list_table(config, source, rows) if kind == "table" else _list_folder(config, source, rows, workers)
     )
     if not len(rows):
         raise SourceError(_nothing_found(source, rows, kind))
@@ -218,10 +223,13 @@ def _check_apart(source: Place, root: Place, *, is_file: bool) -> None:
         )
 
 
-def _list_folder(config: BuildConfig, source: Place, rows: Rows) -> tuple[Place, tuple[str, ...], bool]:
+def _list_folder(
+    config: BuildConfig, source: Place, rows: Rows, workers: Workers | None
+) -> tuple[Place, tuple[str, ...], bool]:
     if config.split_from == "name":
         raise SourceError(f"--split-from name is for tars and Parquet files, but source {source.shown} is a folder")
-    listing = FolderListing(source, rows, label_from=config.label_from, split_from=config.split_from)
+    walk = SharedWalk(source, config.max_image_bytes, workers) if workers is not None else None
+    listing = FolderListing(source, rows, label_from=config.label_from, split_from=config.split_from, walk=walk)
     notices = listing.run()
     if listing.containers and config.source_kind is None:
         raise SourceError(mixture(source, sorted(listing.containers), "tars or Parquet files beside images"))

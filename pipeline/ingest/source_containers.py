@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.ingest.source_files import Place, list_folder_entries, look_at
+from pipeline.ingest.source_files import Place, list_folder_entries, list_names, look_at
 from pipeline.ingest.source_items import ContainerKind, Fields, Item, Refused, container_kind, named
 from pipeline.ingest.source_local import Found
 from pipeline.ingest.source_parquet import (
@@ -85,13 +85,13 @@ def first_of_a_kind(place: Place) -> Literal["containers", "images"] | None:
     pending = [""]
     while pending:
         folder = pending.pop()
-        found = sorted(list_folder_entries(place, folder), key=lambda entry: entry.name)
-        for entry in found:
-            if not entry.is_folder and container_kind(entry.name):
+        found = sorted(list_names(place, folder))
+        for name, is_folder in found:
+            if not is_folder and container_kind(name):
                 return "containers"
-            if not entry.is_folder and is_image_name(entry.name):
+            if not is_folder and is_image_name(name):
                 return "images"
-        pending += [_join(folder, entry.name) for entry in reversed(found) if entry.is_folder]
+        pending += [_join(folder, name) for name, is_folder in reversed(found) if is_folder]
     return None
 
 

@@ -34,6 +34,7 @@ from pipeline.ingest.source_local import (
     lies_within,
     problem,
     scan,
+    scan_names,
 )
 from pipeline.ingest.source_trouble import NoRangesError, as_rejection, attempt, is_doubtful
 from pipeline.schema import Reason
@@ -155,10 +156,26 @@ def list_folder_entries(place: Place, folder: str) -> Iterator[Found]:
         yield from part.each()
 
 
+def list_names(place: Place, folder: str) -> Iterator[tuple[str, bool]]:
+    """Names directly in ``folder``, and whether each is a folder; locally no file is looked at."""
+    if not place.is_local:
+        yield from ((found.name, found.is_folder) for found in list_folder_entries(place, folder))
+        return
+    with _listing(place, folder):
+        yield from scan_names(place.path, folder)
+
+
 def list_folder(place: Place, folder: str) -> Iterator[Entries]:
     """The same, part by part: regular files in columns."""
-    try:
+    with _listing(place, folder):
         yield from scan(place.path, folder) if place.is_local else _in_parts(_list_remote(place, folder))
+
+
+@contextmanager
+def _listing(place: Place, folder: str) -> Generator[None]:
+    """Name what could not be listed."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise SourceError(f"{place.shown}: folder {folder!r} went away while it was listed; run again") from error
     except OSError as error:

@@ -7,18 +7,18 @@ classes, and a split that nobody chose, stop the build with advice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.ingest.source_files import Place, list_folder
 from pipeline.ingest.source_items import container_kind, may_hold_containers
 from pipeline.ingest.source_local import Entries, Found
-from pipeline.ingest.source_rows import SPLIT_NAMES, Rows, printable
+from pipeline.ingest.source_rows import SPLIT_NAMES, FileColumns, Rows, printable
+from pipeline.ingest.source_walk import SharedWalk, Walked
 from pipeline.schema import SPLIT_UNSET, SPLITS, Reason
 
 NUM_EXAMPLES = 5
-
 LabelFrom = Literal["parent", "top", "path"]
 SplitFrom = Literal["none", "top"] | None
 
@@ -33,10 +33,21 @@ class _Meaning(NamedTuple):
 
 
 class FolderListing:
-    """One walk over a folder; `run` fills ``rows`` and returns notices."""
+    """One walk over a folder; `run` fills ``rows`` and returns notices.
 
-    def __init__(self, place: Place, rows: Rows, *, label_from: LabelFrom, split_from: SplitFrom) -> None:
-        self._place, self._rows = place, rows
+    What takes long is shared with workers by ``walk``.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        rows: Rows,
+        *,
+        label_from: LabelFrom,
+        split_from: SplitFrom,
+        walk: SharedWalk | None = None,
+    ) -> None:
+        self._place, self._rows, self._walk = place, rows, walk
         self._label_from: LabelFrom = label_from
         self._split_from: SplitFrom = split_from
         self._num_files: dict[tuple[int, str], dict[str, int]] = {}  # (split, label) -> class folder -> files
@@ -49,7 +60,10 @@ class FolderListing:
         self._check_tops(tops)
         pending = list(tops)
         while pending:
-            pending.extend(self._list(pending.pop()))
+            if self._walk is not None and self._walk.is_due(len(pending)):
+                pending = [inner for found in self._walk.list(pending) for inner in self._join_in(found)]
+            else:
+                pending.extend(self._list(pending.pop()))
         self._reject_empty()
         self._check_parents()
         return self._notices()
@@ -67,12 +81,29 @@ class FolderListing:
                 else:
                     num_taken += self._take(_join(folder, found.name), found, meaning)
             num_taken += self._take_files(folder, part, meaning)
-        if num_taken and meaning.label is not None:
-            folders_of_label = self._num_files.setdefault((meaning.split, meaning.label), {})
-            folders_of_label[meaning.class_folder] = folders_of_label.get(meaning.class_folder, 0) + num_taken
+        self._count(meaning, num_taken)
         if folder and not num_entries:
             self._empty.append((folder, meaning))
         return folders
+
+    def _join_in(self, found: Walked) -> Iterator[str]:
+        """Take in what a worker has listed; the folders that are still to be listed."""
+        meanings = [self._meaning(folder) for folder in found.folders]
+        if any(meaning.label is None and count for meaning, count in zip(meanings, found.num_files, strict=True)):
+            found, meanings = Walked([], [], [], FileColumns.empty(), [*found.folders, *found.odd]), []
+        counts: list[tuple[str, int, int]] = []
+        for folder, meaning, count, inner in zip(found.folders, meanings, found.num_files, found.inner, strict=True):
+            counts.append((meaning.label or "", meaning.split, count))
+            self._count(meaning, count)
+            yield from (_join(folder, name) for name in inner)
+        self._rows.add_columns(found.files, counts)
+        for folder in found.odd:
+            yield from self._list(folder)
+
+    def _count(self, meaning: _Meaning, num_taken: int) -> None:
+        if num_taken and meaning.label is not None:
+            folders = self._num_files.setdefault((meaning.split, meaning.label), {})
+            folders[meaning.class_folder] = folders.get(meaning.class_folder, 0) + num_taken
 
     def _take_files(self, folder: str, part: Entries, meaning: _Meaning) -> int:
         """Take in the regular files of a folder, all at once where nothing is to be said of any of them."""

@@ -97,6 +97,13 @@ def scan(root: str, folder: str) -> Iterator[Entries]:
         os.close(descriptor)
 
 
+def scan_names(root: str, folder: str) -> Iterator[tuple[str, bool]]:
+    """Names directly in ``folder``, and whether each is a folder; a link is none."""
+    with os.scandir(f"{root}/{folder}" if folder else root) as entries:
+        for entry in entries:
+            yield entry.name, entry.is_dir(follow_symlinks=False)
+
+
 def _examine(root: str, full: str, name: str, status: os.stat_result) -> Found:
     if stat.S_ISLNK(status.st_mode):
         return judge_link(root, full, name)

@@ -57,6 +57,31 @@ class Settled:
     rejects: pa.Table
 
 
+@dataclass(frozen=True)
+class FileColumns:
+    """Regular files that are candidates as they are, by column."""
+
+    paths: list[pa.Array]  # string, in parts
+    keys: array[int]  # 'Q', of the paths
+    sizes: array[int]  # 'q', bytes
+    fingerprints: array[int]  # 'Q'
+
+    @classmethod
+    def empty(cls) -> FileColumns:
+        return cls([], array("Q"), array("q"), array("Q"))
+
+
+def are_plain(names: Sequence[str], sizes: array[int], max_bytes: int) -> bool:
+    """Whether neither the names nor the sizes of these files (at least one) are an obstacle to any of them."""
+    if min(sizes) == 0 or max(sizes) > max_bytes:
+        return False
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Rows:
     """Collects a listing. Tables, which may name one file twice, number all their rows (from 1); folders none."""
 
@@ -89,7 +114,8 @@ class Rows:
         """`add` of the regular files in ``folder``, all of one label; returns how many were taken in."""
         names = files.names
         paths = [f"{folder}/{name}" for name in names] if folder else names
-        if not self._all_plain(paths, files.sizes, label):
+        is_simple = bool(paths) and not self._groups and not self._rows
+        if not is_simple or not are_plain([label, *paths], files.sizes, self._max_bytes):
             found = Entries(names, files.sizes, files.fingerprints, []).each()
             reasons = (self.add(path, file, label, split) for path, file in zip(paths, found, strict=True))
             return sum(reason is None for reason in reasons)
@@ -104,15 +130,18 @@ class Rows:
             self._flush()
         return len(names)
 
-    def _all_plain(self, paths: Sequence[str], sizes: array[int], label: str) -> bool:
-        """Whether there is no obstacle to any of these files; they are neither rows of a table nor in groups."""
-        if not paths or self._groups or self._rows or min(sizes) == 0 or max(sizes) > self._max_bytes:
-            return False
-        try:
-            (label + "".join(paths)).encode()
-        except UnicodeEncodeError:
-            return False
-        return True
+    def add_columns(self, files: FileColumns, counts: Sequence[tuple[str, int, int]]) -> None:
+        """Plain files that others have listed; ``counts``: of one after another (label, split, number of files)."""
+        assert len(self._groups) + len(self._rows) == 0, "of folders only"
+        self._flush()
+        self._chunks += files.paths
+        self._keys += files.keys
+        self._fingerprints += files.fingerprints
+        self._sizes += files.sizes
+        for label, split, count in counts:
+            if count:
+                self._labels.extend([self._codes.setdefault(label, len(self._codes))] * count)
+                self._splits.extend([split] * count)
 
     def _obstacle(self, path: str, label: str, found: Found) -> tuple[Reason | None, str]:
         if not is_encodable(path) or not is_encodable(label):

@@ -7,7 +7,7 @@ Ray, are started only if something is to be done, and once; progress is told at 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import chain
@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config import BuildConfig
 from pipeline.ingest.commit import GRACE_S
 from pipeline.ingest.containers import ContainerUnit
-from pipeline.ingest.engines import Engine, open_engine
+from pipeline.ingest.engines import Engine, open_engine, start_s
 from pipeline.ingest.meters import BYTES, IMAGES, REJECTS
 from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitRecord, find_unit_record
 from pipeline.snapshot import Snapshot
@@ -34,6 +34,7 @@ class Work:
         self._config, self._store, self._parent, self._notify = config, store, parent, notify
         self._open = ExitStack()
         self._started: Engine | None = None
+        self._num_shared = 0
 
     def __enter__(self) -> Work:
         return self
@@ -80,10 +81,30 @@ class Work:
                 self._notify(stage, done, total)
         return [finished[digest] for digest in order]
 
+    def share(
+        self, function: UnitFunction, units: Iterable[tuple[str, tuple[Any, ...]]], stage: str = "list"
+    ) -> Iterator[Any]:
+        """Do ``function`` for every unit, (name, arguments), and yield the results in any order; nothing is kept."""
+        for item in self._engine().map(function, units, stage):
+            if isinstance(item, int):
+                self._num_shared += item
+                self._notify(stage, self._num_shared, 0)
+            else:
+                yield item
+
     @cached_property
     def _reusable(self) -> Reusable:
         kept = frozenset(self._parent.files()) if self._parent is not None else frozenset[str]()
         return Reusable(kept, self._store.now_s() - GRACE_S / 2)
+
+    @property
+    def start_s(self) -> float:
+        """About how long it takes until somebody works."""
+        return 0.0 if self._started is not None else start_s(self._config.address)
+
+    def prepare(self) -> None:
+        """Workers will be wanted soon."""
+        self._engine().prepare()
 
     def _engine(self) -> Engine:
         if self._started is None:
