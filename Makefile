@@ -38,9 +38,14 @@ format: $(STAMP) ## Rewrite the code in the project's format
 env: $(STAMP) ## Create or refresh .venv from requirements.lock (demo, test and lint do it by themselves)
 	@echo "$$($(BIN)/python --version) in $(VENV), $$(du -sh $(VENV) | cut -f1)"
 
-lock: $(BIN)/uv ## Resolve the dependencies anew within what requirements.lock allows; LOCK_ARGS=--upgrade renews all
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra all --extra dev \
-	    --custom-compile-command 'make lock' $(LOCK_ARGS) pyproject.toml -o requirements.lock
+COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
+    --custom-compile-command 'make lock'
+
+lock: $(BIN)/uv ## Resolve the dependencies anew within what the locks allow; LOCK_ARGS=--upgrade renews all
+	$(COMPILE) --extra all --extra dev $(LOCK_ARGS) pyproject.toml -o requirements.lock
+	$(COMPILE) --extra build --extra s3 --constraint requirements.lock pyproject.toml -o deploy/requirements-build.lock
+	$(COMPILE) --extra train --extra s3 --constraint requirements.lock pyproject.toml -o deploy/requirements-train.lock
+	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(COMPILE) - -o deploy/requirements-wheel.lock
 
 clean: ## Remove caches and .venv
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
