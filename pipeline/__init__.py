@@ -30,6 +30,7 @@ from pipeline.errors import (
     StalledError,
     StateError,
     StoreError,
+    UnfitPolicyError,
     UsageError,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "StalledError",
     "StateError",
     "StoreError",
+    "UnfitPolicyError",
     "UsageError",
     "__version__",
     "build",

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, NotFoundError
 from pipeline.images import HARD_MAX_PIXELS, Inspection, Limits
 
 MAX_FILE_BYTES = 1 << 20
@@ -32,15 +32,20 @@ _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 <<
 
 
 def _to_bytes(value: object) -> object:
-    """'128 MiB' -> 134217728; anything else is left to the validator."""
-    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if match is None or match[2].lower() not in _BYTE_UNITS:
+    """'128 MiB' -> 134217728; what is no text is left to the validator."""
+    if not isinstance(value, str):
         return value
+    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise ValueError("give a number of bytes (134217728), or one with a unit ('128MiB', '1GB')")
     return int(match[1]) * _BYTE_UNITS[match[2].lower()]
 
 
+_BUDGET = "give a count (20), a rate from 0.0 to 1.0 (0.01) or a percentage ('1%')"
+
+
 def _to_budget(value: object) -> object:
-    """'5' -> 5 images; '1%' or '0.01' -> a share of all images."""
+    """'5' -> 5 images; '1%' or '0.01' -> a share of all images; what is no text is left to the validator."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -48,7 +53,9 @@ def _to_budget(value: object) -> object:
         return int(text)
     if re.fullmatch(r"\d*\.?\d+%", text):
         return float(text[:-1]) / 100
-    return float(text) if re.fullmatch(r"\d*\.\d+", text) else value
+    if re.fullmatch(r"\d*\.\d+", text):
+        return float(text)
+    raise ValueError(_BUDGET)
 
 
 def _to_path(value: object) -> object:
@@ -70,7 +77,10 @@ def _to_names(value: object) -> object:
             data = file.read(MAX_FILE_BYTES + 1)
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise ValueError(f"give names, or a file of them, one on each line; this one: {error.strerror}") from None
+        raise NotFoundError(
+            f"classes = {os.fspath(value)!r}: give names, or a file of them, one on each line; this one cannot "
+            f"be read: {error.strerror}"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError("give names, or a file of them, one on each line, in UTF-8") from None
     if len(data) > MAX_FILE_BYTES:
@@ -132,7 +142,7 @@ class BuildConfig(BaseModel):
     @classmethod
     def _count_or_rate(cls, value: float | None) -> float | None:
         if value is not None and not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
-            raise ValueError("give a count (10), a rate from 0.0 to 1.0 (0.01) or a percentage ('1%')")
+            raise ValueError(_BUDGET)
         return value
 
     @field_validator("classes")
@@ -161,6 +171,12 @@ class BuildConfig(BaseModel):
             if name not in GUARDRAILS:
                 raise ValueError(f"{name!r} is no guardrail{_nearest(name, GUARDRAILS)}")
         return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _one_giver_of_splits(self) -> BuildConfig:
+        if self.split_from in ("top", "name") and self.split_column is not None:
+            raise ValueError(f"split_from {self.split_from} and split_column {self.split_column!r}: choose one")
+        return self
 
     @property
     def inspection(self) -> Inspection:
@@ -197,7 +213,7 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(where, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"build file {where!r} cannot be read: {error.strerror}") from error
+        raise NotFoundError(f"build file {where!r} cannot be read: {error.strerror}; name another") from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"build file {where!r} is larger than {MAX_FILE_BYTES} bytes; is it a build file?")
     values = _parse(data, where)
@@ -279,6 +295,8 @@ def _validated(values: Mapping[str, Any], where: str) -> BuildConfig:
 
 def _problem(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:  # two fields that contradict each other
+        return message
     found = repr(item["input"])
     return f"{item['loc'][0]} = {found if len(found) <= 200 else found[:200] + '...'}: {message}"
 

@@ -1,14 +1,15 @@
 """Everything evenshard raises on purpose; each message says what was expected, what was found, where, and what to do.
 
-EvenshardError                 exit code 1
-|-- UsageError                 exit code 2: the call itself is wrong (also a ValueError)
+EvenshardError                 exit code 1: the call was well formed, and could not be done
+|-- UsageError                 exit code 2: the call is wrong by itself, whatever lies where (also a ValueError)
 |   |-- ConfigError            a build file: unknown key, bad value
-|   |-- PolicyError            targets that these counts cannot give
+|   |-- PolicyError            a policy that does not exist, or has no such parameter
+|   |   `-- UnfitPolicyError   exit code 1: well spelled, and these counts cannot give it
 |   `-- StateError             a loader state from another manifest, seed or rule
 |-- SourceError                the source is missing, empty, or ambiguous
 |-- StoreError                 storage refused: not writable, no space, not found
-|   |-- NotFoundError
-|   `-- AlreadyExistsError     create-only write met a file
+|   |-- NotFoundError          nothing of that name: a ROOT, snapshot, manifest, class, pin or file
+|   `-- AlreadyExistsError     the name or place is taken; nothing is overwritten
 |-- IntegrityError             bytes differ from their recorded checksum
 |-- CommitError                a snapshot was not published
 |   `-- LostRaceError          another build published this number first
@@ -37,7 +38,13 @@ class ConfigError(UsageError):
 
 
 class PolicyError(UsageError):
-    """A policy cannot be applied to these class counts."""
+    """A policy is none, or has no such parameter or value."""
+
+
+class UnfitPolicyError(PolicyError):
+    """A policy is well spelled, and cannot be applied to these class counts."""
+
+    exit_code = 1
 
 
 class StateError(UsageError):
@@ -53,11 +60,11 @@ class StoreError(EvenshardError):
 
 
 class NotFoundError(StoreError):
-    """A file that a snapshot names, or a snapshot, is not there."""
+    """What was named is not there: a ROOT, a snapshot, a manifest, a class, a pin, or a file."""
 
 
 class AlreadyExistsError(StoreError):
-    """A create-only write met an existing file."""
+    """A name or a place is taken; a create-only write met an existing file."""
 
 
 class IntegrityError(EvenshardError):

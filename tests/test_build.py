@@ -19,7 +19,7 @@ from conftest import TINY_COUNTS, draw_image
 from independent_checker import check_root, digests_of, newest
 
 import pipeline
-from pipeline.errors import CommitError, SourceError, UsageError
+from pipeline.errors import AlreadyExistsError, CommitError, SourceError, UsageError
 from pipeline.export import export_cost, export_tars, plan_export
 from pipeline.keyed import text_key
 
@@ -161,7 +161,7 @@ def test_nothing_readable_publishes_nothing(tmp_path: Path) -> None:
 
 def test_another_seed_needs_another_root(tiny_images: Path, tmp_path: Path) -> None:
     pipeline.build(tiny_images, tmp_path / "root")
-    with pytest.raises(UsageError, match="built with seed 0, this build asks for 1"):
+    with pytest.raises(CommitError, match="built with seed 0, this build asks for 1"):
         pipeline.build(tiny_images, tmp_path / "root", seed=1)
 
 
@@ -201,7 +201,7 @@ def test_exports_repeat_byte_for_byte_and_go_on_where_they_stopped(
 
 def test_an_export_never_mixes_with_another(oversampled: pipeline.Manifest, tmp_path: Path) -> None:
     export_tars(oversampled, tmp_path / "out", plan_export(oversampled))
-    with pytest.raises(UsageError, match="holds another export"):
+    with pytest.raises(AlreadyExistsError, match="holds another export"):
         export_tars(oversampled, tmp_path / "out", plan_export(oversampled, seed=1))
 
 
@@ -265,7 +265,7 @@ def test_files_that_change_places_and_keep_their_times_are_read_again(local_ray:
 def test_a_refused_build_leaves_no_trace(tiny_images: Path, tmp_path: Path) -> None:
     """The source above all is only read."""
     before = sorted(tiny_images.rglob("*"))
-    with pytest.raises(SourceError, match="lies within the source"):
+    with pytest.raises(UsageError, match="lies within the source"):
         pipeline.build(tiny_images, tiny_images / "out")
     with pytest.raises(SourceError, match="is not there"):
         pipeline.build(tmp_path / "nowhere", tmp_path / "root")

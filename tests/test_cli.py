@@ -120,8 +120,9 @@ def test_manifest_adds_a_snapshot_and_touches_no_image(own_root: Path, capsys: p
 
 
 def test_a_manifest_name_keeps_its_meaning(own_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("manifest", own_root, "balanced", "--policy", "natural") == 2
-    assert "choose another name" in capsys.readouterr().err
+    assert call("manifest", own_root, "balanced", "--policy", "natural") == 1
+    told = capsys.readouterr().err
+    assert "has policy balanced:per_class=mean, not natural; choose another name" in told
 
 
 def test_a_rebuild_keeps_manifests_that_were_added(tiny_images: Path, own_root: Path) -> None:
@@ -245,23 +246,23 @@ WRONG = {
     "unknown key": (["build", "--config", "{tmp}/bad.yaml"], 2, "shard_sample"),
     "unknown policy": (["build", "{src}", "{tmp}/r", "--manifest", "x=balancd"], 2, "balanced"),
     "bad pair": (["build", "{src}", "{tmp}/r", "--manifest", "balanced"], 2, "NAME=POLICY"),
-    "root holds something else": (["build", "{src}", "{tmp}/other"], 2, "not empty"),
-    "root is a file": (["build", "{src}", "{tmp}/file"], 2, "file"),
-    "root below a file": (["build", "{src}", "{tmp}/file/root"], 2, "file/root"),
-    "root inside the source": (["build", "{tmp}/holder", "{tmp}/holder/root"], 1, "root"),
+    "root holds something else": (["build", "{src}", "{tmp}/other"], 1, "not empty"),
+    "root is a file": (["build", "{src}", "{tmp}/file"], 1, "file"),
+    "root below a file": (["build", "{src}", "{tmp}/file/root"], 1, "file/root"),
+    "root inside the source": (["build", "{tmp}/holder", "{tmp}/holder/root"], 2, "root"),
     "label column": (["build", "{tmp}/rows.csv", "{tmp}/r", "--label-column", "tag"], 1, "tag"),
     "no snapshot": (["stats", "{tmp}/empty"], 1, "evenshard build"),
-    "keep nothing": (["gc", "{root}", "--keep", "0"], 2, "keep at least 1"),
+    "keep nothing": (["gc", "{root}", "--keep", "0"], 2, "0 is not in the range x>=1"),
     "no number to keep": (["gc", "{root}"], 2, "--keep"),
     "no duration": (["gc", "{root}", "--keep", "1", "--grace", "week"], 2, "7d"),
-    "nothing to compare": (["diff", "{root}"], 2, "no snapshot before"),
+    "nothing to compare": (["diff", "{root}"], 1, "no snapshot before"),
     "gc without a snapshot": (["gc", "{tmp}/other", "--keep", "1", "--delete"], 1, "no snapshot"),
     "pin of what is not there": (["pin", "{root}", "x", "--at", "9"], 1, "the newest is 1"),
     "removing without a name": (["pin", "{root}", "--remove"], 2, "which pin"),
     "unknown pin": (["pin", "{root}", "x", "--remove"], 1, "pins: none"),
     "history of nothing": (["history", "{tmp}/empty"], 1, "evenshard build"),
-    "unknown manifest": (["export", "{root}", "balancd", "{tmp}/out"], 2, "natural"),
-    "export into a full folder": (["export", "{root}", "natural", "{tmp}/other"], 2, "not empty"),
+    "unknown manifest": (["export", "{root}", "balancd", "{tmp}/out"], 1, "natural"),
+    "export into a full folder": (["export", "{root}", "natural", "{tmp}/other"], 1, "not empty"),
 }
 
 
@@ -307,3 +308,17 @@ def test_the_build_job_is_the_build_command(tiny_images: Path, own_root: Path) -
     failed = subprocess.run([*command[:3], "/nowhere", str(own_root)], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "error: source /nowhere" in failed.stderr
+
+
+def test_report_and_export_answer_in_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert call("report", root, "--out", page, "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out) == {"snapshot": 1, "page": str(page)}
+    assert call("export", root, "balanced", tmp_path / "out", "--json", "--quiet") == 0
+    told = capsys.readouterr()
+    body = json.loads(told.out)
+    assert (body["snapshot"], body["manifest"], body["num_reused"]) == (1, "balanced", 0)
+    assert body["num_draws"] == pipeline.open_snapshot(root).manifest("balanced").num_draws
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert body["cost"]["tar_bytes"] == body["tar_bytes"] == written
+    assert told.err.startswith("writes ")

@@ -13,17 +13,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+from tiny_snapshot import COUNTS, write_snapshot
 
 import pipeline
 from pipeline.cli import cli, run
 from pipeline.cli.asking import Command, manifest_names
 from pipeline.cli.listing import csv_text, distribution
 from pipeline.cli.progress import Reporter
+from pipeline.snapshot import encode_record, open_snapshot
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -64,7 +67,7 @@ def test_every_command_has_examples_and_debug() -> None:
 
 
 def test_every_reader_speaks_json() -> None:
-    readers = set(commands()) - {"completion", "demo", "export", "report"}
+    readers = set(commands()) - {"completion", "demo"}
     assert [name for name in readers if not any("--json" in param.opts for param in commands()[name].params)] == []
 
 
@@ -90,21 +93,22 @@ def test_every_example_of_the_help_runs(
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"),
+    ("words", "code", "hint"),
     [
-        ("stat {root}", "No such command 'stat'. Did you mean 'stats'?"),
-        ("xyzzy", "The commands are build, classes"),
-        ("stats {root} --spilt train", "Did you mean '--split'?"),
-        ("classes {root} natural --class aple", "no class 'aple' in this snapshot (did you mean 'apple'?)"),
-        ("classes {root} balancd", "(did you mean 'balanced'?); manifests: balanced, natural"),
-        ("plan {root} --policy squareroot", "(did you mean 'square_root'?)"),
-        ("plan {root} --policy balanced:per_clas=1", "(did you mean 'per_class'?)"),
+        ("stat {root}", 2, "No such command 'stat'. Did you mean 'stats'?"),
+        ("xyzzy", 2, "The commands are build, classes"),
+        ("stats {root} --spilt train", 2, "Did you mean '--split'?"),
+        ("stats {root} --splt train", 2, "Did you mean '--split'?"),
+        ("classes {root} natural --class aple", 1, "no class 'aple' in this snapshot (did you mean 'apple'?)"),
+        ("classes {root} balancd", 1, "(did you mean 'balanced'?); manifests: balanced, natural"),
+        ("plan {root} --policy squareroot", 2, "(did you mean 'square_root'?)"),
+        ("plan {root} --policy balanced:per_clas=1", 2, "(did you mean 'per_class'?)"),
     ],
 )
 def test_a_mistyped_name_is_met_with_the_nearest(
-    words: str, hint: str, root: Path, capsys: pytest.CaptureFixture[str]
+    words: str, code: int, hint: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(*words.format(root=root).split()) == 2
+    assert call(*words.format(root=root).split()) == code
     assert hint in capsys.readouterr().err
 
 
@@ -182,6 +186,51 @@ def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture[str], monkey
         "reading images (100)",
         "reading images: 60 of 100, 10 images/s, 4 s left",
     ]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every step of progress: stage, done, in all."""
+    steps: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Reporter, "__call__", lambda self, *step: steps.append(step))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        ("report {root} --out {tmp}/page.html", {"survey", "pictures"}),
+        ("history {root}", {"history"}),
+        ("verify {root}", {"verify"}),
+        ("gc {root} --keep 1", {"keep"}),
+        ("export {root} natural {tmp}/dest", {"export"}),
+    ],
+)
+def test_whatever_may_take_long_tells_its_progress(
+    words: str, stages: set[str], root: Path, tmp_path: Path, told: list[tuple[str, int, int]]
+) -> None:
+    assert call(*words.format(root=root, tmp=tmp_path).split()) == 0
+    assert_steps(told, stages)
+
+
+def test_diff_tells_how_many_shards_it_compared(tmp_path: Path, told: list[tuple[str, int, int]]) -> None:
+    store = write_snapshot(tmp_path / "root").store
+    other = write_snapshot(tmp_path / "other", {**COUNTS, "val": (1, 0, 0, 0, 0, 0)})
+    for path in other.files():
+        if not store.exists(path):
+            store.create(path, other.store.read(path))
+    following = replace(other.record, number=2, parent=open_snapshot(store).id)
+    store.create("snapshots/00000002.json", encode_record(following))
+    assert call("diff", store.root) == 0
+    assert_steps(told, {"compare"})
+
+
+def assert_steps(told: list[tuple[str, int, int]], stages: set[str]) -> None:
+    assert stages <= {stage for stage, _, _ in told}
+    for stage in stages:
+        steps = [(done, total) for name, done, total in told if name == stage]
+        assert steps == sorted(steps)
+        assert stage == "pictures" or steps[-1][0] == steps[-1][1] > 0
 
 
 # -- completion

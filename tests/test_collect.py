@@ -20,12 +20,12 @@ from real_servers import s3
 from tiny_snapshot import write_snapshot
 
 from pipeline.cli import cli, run
-from pipeline.errors import CommitError, IntegrityError, NotFoundError, StoreError, UsageError
+from pipeline.errors import AlreadyExistsError, CommitError, IntegrityError, NotFoundError, StoreError, UsageError
 from pipeline.ingest.collect import Collection, collect
 from pipeline.ingest.commit import commit
 from pipeline.ingest.pins import pin, read_pins, unpin
 from pipeline.schema import SnapshotRecord, snapshot_path
-from pipeline.snapshot import Snapshot, newest_number, open_snapshot, reader
+from pipeline.snapshot import Snapshot, newest_number, numbers, open_snapshot
 from pipeline.store import Store
 
 DAY_S = 86_400
@@ -236,7 +236,7 @@ def test_the_newest_is_always_kept(store: Store, keep: int) -> None:
 def test_a_root_without_a_snapshot_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/photo.jpg").write_text("mine")
-    with pytest.raises(NotFoundError, match=r"no snapshot in .*: nothing to keep, so nothing is removed"):
+    with pytest.raises(NotFoundError, match=r"no snapshot in .*: it holds images, so it is a source"):
         collect(str(tmp_path), 1, delete=True)
 
 
@@ -278,7 +278,7 @@ def test_a_pin_is_of_the_newest_unless_told(store: Store) -> None:
 def test_a_pin_is_never_moved(store: Store) -> None:
     pin(store, "paper", 1)
     pin(store, "paper", 1)
-    with pytest.raises(UsageError, match=r"keeps snapshot 1, not 2: choose another name, or remove it first"):
+    with pytest.raises(AlreadyExistsError, match=r"keeps snapshot 1, not 2: choose another name, or remove it first"):
         pin(store, "paper", 2)
     assert read_pins(store)["paper"].snapshot == 1
 
@@ -349,8 +349,8 @@ def test_every_reader_names_what_remains_and_the_way_out(
 
 def test_of_many_that_remain_the_newest_are_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(store, 1, delete=True)
-    monkeypatch.setattr(reader, "MAX_NAMED", 1)
-    monkeypatch.setattr(reader, "newest_number", lambda store: 4)  # 2, 3 and 4 remain
+    monkeypatch.setattr(numbers, "MAX_NAMED", 1)
+    monkeypatch.setattr(numbers, "newest_number", lambda store: 4)  # 2, 3 and 4 remain
     with pytest.raises(NotFoundError, match="What remains is snapshot 2 older ones and 4;"):
         open_snapshot(store, 1)
 

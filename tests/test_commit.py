@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 from tiny_snapshot import write_snapshot
 
-from pipeline.errors import CommitError, LostRaceError, StoreError, UsageError
+from pipeline.errors import CommitError, LostRaceError, StoreError
 from pipeline.ingest.commit import commit, probe
 from pipeline.schema import SnapshotRecord, index_path, manifest_path, snapshot_path, table_path, tar_path
 from pipeline.snapshot import Snapshot, encode_record, newest_number, open_snapshot, record_id
@@ -199,7 +199,7 @@ def test_a_sound_root_passes_and_nothing_is_left(tmp_path: Path, kind: str) -> N
 def test_a_root_of_something_else_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     store = Store.open(tmp_path, create=True)
-    with pytest.raises(UsageError, match="ROOT is not empty and holds no snapshot"):
+    with pytest.raises(StoreError, match="ROOT is not empty and holds no snapshot"):
         probe(store)
     assert os.listdir(tmp_path) == ["photos"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import BuildConfig, load_config, make_config
-from pipeline.errors import ConfigError, UsageError
+from pipeline.errors import ConfigError, NotFoundError
 
 
 def write(folder: Path, text: str) -> Path:
@@ -112,9 +112,14 @@ def test_a_huge_file_is_refused_before_parsing(tmp_path: Path) -> None:
     assert "is it a build file" in refusal(tmp_path, "#" * (1 << 20) + "\n")
 
 
-def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nothing\.yaml"):
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"nothing\.yaml"):
         load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_missing_file_of_class_names_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="a file of them, one on each line; this one cannot be read: No such file"):
+        load_config(write(tmp_path, "classes: /nowhere/names.txt"))
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -186,7 +191,6 @@ def test_a_config_cannot_change() -> None:
         ("classes: [a, '']", "name 1, ''"),
         ('classes: ["a\\nb"]', "one line"),
         ("classes: [1, 2]", "classes"),
-        ("classes: /nowhere/names.txt", "a file of them, one on each line; this one: No such file"),
         ("classes: 3", "classes"),
     ],
 )

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.demo import run
 from pipeline.demo.draw import Photo, PhotoPlan, draw_photos, plan_photos
 from pipeline.demo.product import COLOURS, PATTERNS, SHAPES, Product, draw_product
-from pipeline.errors import EvenshardError, MissingExtraError, UsageError
+from pipeline.errors import EvenshardError, MissingExtraError, StoreError
 
 
 def digest(photos: tuple[Photo, ...]) -> str:
@@ -197,14 +197,14 @@ def test_a_broken_run_leaves_no_half_photo(tmp_path: Path, monkeypatch: pytest.M
 
 def test_drawings_of_another_seed_are_not_mixed_in(tmp_path: Path) -> None:
     draw_photos(small(plan_photos(0)), tmp_path / "photos")
-    with pytest.raises(UsageError, match="another directory"):
+    with pytest.raises(StoreError, match="another directory"):
         draw_photos(small(plan_photos(1)), tmp_path / "photos")
 
 
 def test_files_of_the_user_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"mine")
-    with pytest.raises(UsageError, match="may be yours"):
+    with pytest.raises(StoreError, match="may be yours"):
         draw_photos(small(plan_photos(0)), tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["mine.jpg"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import NotFoundError, UsageError
+from pipeline.errors import NotFoundError
 from pipeline.ingest.diff import KINDS, Diff, diff
 from pipeline.keyed import text_key
 from pipeline.schema import CLASSES, INDEX, REJECTS, SHARDS, SPLITS, SnapshotRecord, index_path, snapshot_path
@@ -231,7 +231,7 @@ def test_one_snapshot_has_nothing_to_be_compared_with(store: Store) -> None:
     with pytest.raises(NotFoundError, match="no snapshot in"):
         diff(store)
     publish(store, 1, {"a": (1, 0, 0)})
-    with pytest.raises(UsageError, match="there is no snapshot before snapshot 1"):
+    with pytest.raises(NotFoundError, match="there is no snapshot before snapshot 1"):
         diff(store)
 
 

@@ -108,7 +108,7 @@ def test_explicit_class_without_images_is_a_shortfall() -> None:
 
 def test_explicit_unknown_class_is_named() -> None:
     policy = parse({"policy": "explicit", "targets": {"cta": 1}})
-    with pytest.raises(PolicyError, match=r"1 names are no class of this snapshot: cta \(did you mean 'cat'\?\)"):
+    with pytest.raises(PolicyError, match=r"1 name is no class of this snapshot: cta \(did you mean 'cat'\?\)"):
         apply([1, 1], policy, names=["cat", "dog"])
 
 

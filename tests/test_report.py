@@ -23,7 +23,7 @@ import pipeline
 from pipeline import schema
 from pipeline.cli import run
 from pipeline.cli.checks import report as report_command
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError
 from pipeline.plan.manifest import WEIGHTS
 from pipeline.report import write_report
 from pipeline.report.page import NUM_REPEATED, render
@@ -308,7 +308,7 @@ def test_it_lies_below_root_and_is_written_anew(built: Path, html: str) -> None:
 def test_it_may_go_elsewhere(built: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "page.html")
     assert write_report(built, out=out) == out
-    with pytest.raises(UsageError, match="name another file"):
+    with pytest.raises(StoreError, match="name another file"):
         write_report(built, out=str(tmp_path / "no" / "page.html"))
 
 

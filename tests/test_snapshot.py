@@ -366,7 +366,7 @@ def test_vectors_follow_from_the_targets(tiny: Snapshot) -> None:
 
 
 def test_an_unknown_manifest_lists_the_known_ones(tiny: Snapshot) -> None:
-    with pytest.raises(UsageError, match=r"no manifest 'even' in snapshot 1; manifests: balanced, natural, small"):
+    with pytest.raises(NotFoundError, match=r"no manifest 'even' in snapshot 1; manifests: balanced, natural, small"):
         tiny.manifest("even")
 
 

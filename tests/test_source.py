@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import make_config
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UsageError
 from pipeline.images import ImageRejected
 from pipeline.ingest import source_files, source_rows, source_trouble
 from pipeline.ingest.source import Listing, list_source
@@ -304,9 +304,9 @@ def test_a_file_that_is_no_table_is_refused(folder: Path) -> None:
 def test_source_and_root_lie_apart(folder: Path) -> None:
     put(folder, "a/1.jpg")
     for source, root, part in ((folder, folder, "is ROOT"), (folder / "a", folder, "lies within ROOT")):
-        with pytest.raises(SourceError, match=part):
+        with pytest.raises(UsageError, match=part):
             list_source(make_config(source=source, root=root))
-    with pytest.raises(SourceError, match="lies within the source"):
+    with pytest.raises(UsageError, match="lies within the source"):
         list_source(make_config(source=folder, root=folder / "out"))
 
 

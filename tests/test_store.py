@@ -205,13 +205,13 @@ def test_open_needs_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("create", [False, True])
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path, create: bool) -> None:
     (tmp_path / "root").write_text("x")
-    with pytest.raises(UsageError, match=r"ROOT is a file, not a directory: .*/root"):
+    with pytest.raises(StoreError, match=r"ROOT is a file, not a directory: .*/root"):
         Store.open(tmp_path / "root", create=create)
 
 
 def test_a_directory_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
-    with pytest.raises(UsageError, match=r"ROOT is not empty and holds no snapshot: .* has 'cats'"):
+    with pytest.raises(StoreError, match=r"ROOT is not empty and holds no snapshot: .* has 'cats'"):
         Store.open(tmp_path, create=True).refuse_foreign()
     assert os.listdir(tmp_path) == ["cats"]
 
@@ -219,7 +219,7 @@ def test_a_directory_of_something_else_is_refused_untouched(tmp_path: Path) -> N
 def test_a_source_whose_classes_are_named_like_our_rooms_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "tables").mkdir()
-    with pytest.raises(UsageError, match="holds no snapshot"):
+    with pytest.raises(StoreError, match="holds no snapshot"):
         Store.open(tmp_path, create=True).refuse_foreign()
 
 
@@ -239,7 +239,7 @@ def test_a_root_with_a_snapshot_may_hold_more(store: Store) -> None:
 
 def test_a_remote_root_of_something_else_is_refused() -> None:
     fsspec.filesystem("memory").pipe_file("/bucket/photos/a.jpg", b"x")
-    with pytest.raises(UsageError, match=r"holds no snapshot: memory://bucket/photos has 'a\.jpg'"):
+    with pytest.raises(StoreError, match=r"holds no snapshot: memory://bucket/photos has 'a\.jpg'"):
         Store.open("memory://bucket/photos", create=True).refuse_foreign()
 
 

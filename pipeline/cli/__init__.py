@@ -33,7 +33,12 @@ INTERRUPTED = 130
 @click.version_option(version("evenshard"), prog_name="evenshard")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the tracebacks of errors.")
 def cli() -> None:
-    """Class-balanced training epochs from one stored copy of your images."""
+    """Class-balanced training epochs from one stored copy of your images.
+
+    Exit codes: 0 done; 1 the call was well formed and could not be done (nothing at that place, storage failed, a
+    check or a guardrail said no); 2 the call is wrong by itself (an unknown option, a value that is none, options that
+    contradict each other, a name that cannot exist); 130 interrupted.
+    """
 
 
 for _command in (

@@ -20,11 +20,30 @@ class Command(click.Command):
             click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the tracebacks of errors.")
         )
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:  # of several that are near, the nearest
+            near = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from None
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}evenshard {example}\n")
+
+
+AT = click.option("--at", type=click.IntRange(1), metavar="N", help="A snapshot other than the newest.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+QUIET = click.option("--quiet", is_flag=True, help="No progress.")
+
+
+def one_of(**given: object) -> None:
+    """Refuse options that contradict each other: at most one of ``given`` may be set."""
+    chosen = ["--" + name.replace("_", "-") for name, value in given.items() if value not in (None, False, ())]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join(chosen)} contradict each other: give one of them")
 
 
 def command(*, examples: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[..., None]], Command]:

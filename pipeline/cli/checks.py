@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import show
-from pipeline.cli.asking import command
+from pipeline.cli.asking import AT, JSON, QUIET, command
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
 
 @command(examples=("verify ROOT", "verify ROOT --sample 0.1 --json"))
 @click.argument("root")
-@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@AT
 @click.option(
-    "--sample", type=float, default=1.0, show_default=True, metavar="F", help="Share of the image bytes to read again."
+    "--sample",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    metavar="F",
+    help="Share of the image bytes to read again.",
 )
 @click.option(
     "--seed", type=int, metavar="N", help="Which share; 1/F seeds in a row read all.  [default: the day's number]"
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@QUIET
+@JSON
 def verify(root: str, at: int | None, sample: float, seed: int | None, quiet: bool, as_json: bool) -> None:
     """Prove a snapshot: every file, image, row, count, split, manifest and epoch against its record; and the pins.
 
@@ -67,22 +73,33 @@ def _share(found: Verification) -> str:
     return f"; sample {found.sample:g}, seed {found.seed}: {read} were read again, {rest}"
 
 
-@command(examples=("report ROOT", "report ROOT --out page.html"))
+@command(examples=("report ROOT", "report ROOT --out page.html --json"))
 @click.argument("root")
-@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@AT
 @click.option("--out", metavar="FILE", help="Write the page to this file instead of below ROOT.")
 @click.option(
     "--source", metavar="PLACE", help="Where the images came from (the folder of their paths): shows label conflicts."
 )
-def report(root: str, at: int | None, out: str | None, source: str | None) -> None:
+@QUIET
+@JSON
+def report(root: str, at: int | None, out: str | None, source: str | None, quiet: bool, as_json: bool) -> None:
     """Write one self-contained HTML page about a snapshot: imbalance, manifests, classes, pictures, rejects, advice.
 
     Every build writes it too. What is rejected lies in no shard: give --source to see it.
     """
+    from pipeline.errors import SourceError
     from pipeline.images import Limits
     from pipeline.ingest.source import SourceReader
     from pipeline.ingest.source_files import open_place
     from pipeline.report import write_report
+    from pipeline.snapshot import open_snapshot
 
-    originals = None if source is None else SourceReader(open_place(source), Limits.max_bytes).read
-    click.echo(f"wrote {show.safe(write_report(root, at=at, out=out, originals=originals))}")
+    snapshot = open_snapshot(root, at)
+    place = None if source is None else open_place(source)
+    if place is not None and place.is_local and not os.path.isdir(place.path):
+        raise SourceError(f"source {place.shown} is no directory: give the one that the images' paths start from")
+    originals = None if place is None else SourceReader(place, Limits.max_bytes).read
+    with Reporter(quiet=quiet) as progress:
+        page = write_report(snapshot.store, snapshot.number, out, originals=originals, progress=progress)
+    told = json.dumps({"snapshot": snapshot.number, "page": page}, sort_keys=True)
+    click.echo(told if as_json else f"wrote {show.safe(page)}")

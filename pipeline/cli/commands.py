@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli import listing, show
-from pipeline.cli.asking import command, manifest_names
+from pipeline.cli.asking import AT, JSON, QUIET, command, manifest_names, one_of
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
     with Reporter(quiet=quiet) as progress:
         summary = run_build(config, progress=progress)
         progress("report", 0, 0)
-        page, problem = write_build_report(config, summary)
+        page, problem = write_build_report(config, summary, progress=progress)
     if problem:
         summary = replace(summary, notices=(*summary.notices, problem))
     if as_json:
@@ -125,19 +125,17 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
 
 
 def _plain(value: Any) -> Any:
-    from dataclasses import asdict
-
     return value.to_json() if hasattr(value, "to_json") else asdict(value)
 
 
 @command(examples=("stats ROOT", "stats ROOT --split train --json", "stats ROOT --rejects", "stats ROOT --csv"))
 @click.argument("root")
-@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
+@AT
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Count one split only.")
 @click.option("--rejects", "list_rejects", is_flag=True, help="List the rejected entries instead.")
 @click.option("--all", "every", is_flag=True, help="List all classes, not only the largest and the rarest.")
 @click.option("--csv", "as_csv", is_flag=True, help="The classes (or rejects) as CSV, formulas guarded.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@JSON
 def stats(
     root: str, at: int | None, split: str | None, list_rejects: bool, every: bool, as_csv: bool, as_json: bool
 ) -> None:
@@ -148,6 +146,8 @@ def stats(
     from pipeline.ingest.stats import describe
     from pipeline.snapshot import open_snapshot
 
+    one_of(csv=as_csv, json=as_json)
+    one_of(rejects=list_rejects, split=split)
     snapshot = open_snapshot(root, at=at)
     if list_rejects:
         _print_rejects(snapshot.rejects, as_csv, as_json)
@@ -221,16 +221,19 @@ def _print_rejects(rows: Any, as_csv: bool, as_json: bool) -> None:
 @click.argument("root")
 @click.argument("manifest_name", metavar="MANIFEST", shell_complete=manifest_names)
 @click.argument("dest")
-@click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the epoch function.")
-@click.option("--epoch", type=int, default=0, show_default=True, help="Which epoch to write.")
-@click.option("--shard-samples", type=int, default=2000, show_default=True, metavar="N", help="Draws per tar, at most.")
-@click.option("--workers", type=int, metavar="N", help="CPUs to use (default: all).")
+@AT
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the epoch function.")
+@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Which epoch to write.")
+@click.option(
+    "--shard-samples", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="Draws per tar."
+)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="CPUs to use (default: all).")
 @click.option("--address", metavar="ADDRESS", help="Ray cluster, local, or none (default: $RAY_ADDRESS).")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@QUIET
+@JSON
 def export(
     root: str, manifest_name: str, dest: str, at: int | None, seed: int, epoch: int, shard_samples: int,
-    workers: int | None, address: str | None, quiet: bool,
+    workers: int | None, address: str | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write one epoch of MANIFEST to DEST as resampled WebDataset tars, repeats included."""
     from pipeline.export import export_cost, export_tars, plan_export
@@ -240,19 +243,27 @@ def export(
     plan = plan_export(opened, seed=seed, epoch=epoch, shard_samples=shard_samples)
     cost = export_cost(opened, plan)
     click.echo(
-        f"writes {show.num_bytes(cost.tar_bytes)} in {plan.num_shards:,} tars: {plan.num_draws:,} draws of "
-        f"{cost.num_distinct:,} distinct images ({show.num_bytes(cost.distinct_bytes)}); the loader needs none of this"
+        f"writes {show.num_bytes(cost.tar_bytes)} in {show.counted(plan.num_shards, 'tar')}: {plan.num_draws:,} draws "
+        f"of {show.counted(cost.num_distinct, 'distinct image')} ({show.num_bytes(cost.distinct_bytes)}); the loader "
+        "needs none of this",
+        err=as_json,  # it is said before the disk is filled, and is no part of the answer
     )
     with Reporter(quiet=quiet) as progress:
         done = export_tars(opened, dest, plan, workers=workers, address=address, progress=progress)
+    if as_json:
+        body = {"snapshot": plan.snapshot, "manifest": plan.manifest, "seed": seed, "epoch": epoch}
+        body |= {"cost": asdict(cost), **asdict(done)}
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+        return
     reused = f", {done.num_reused:,} of them were there before" if done.num_reused else ""
-    click.echo(f"wrote {done.num_draws:,} draws to {done.num_shards:,} tars in {show.safe(done.dest)}{reused}")
+    num_tars = show.counted(done.num_shards, "tar")
+    click.echo(f"wrote {done.num_draws:,} draws to {num_tars} in {show.safe(done.dest)}{reused}")
     click.echo(f"read them with: webdataset.WebDataset({f'{dest}/{done.pattern}'!r}, shardshuffle=False)")
 
 
 @command(examples=("demo", "demo DIR --quick"))
 @click.argument("directory", metavar="[DIR]", default="evenshard-demo")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawings and the training.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawings and the training.")
 @click.option("--quick", is_flag=True, help="A smaller set and fewer epochs, to see every step in half a minute.")
 def demo(directory: str, seed: int, quick: bool) -> None:
     """Draw a long-tailed product set, build it, train on natural draws, fine-tune on balanced ones."""

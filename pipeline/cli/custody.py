@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli import show
-from pipeline.cli.asking import command
+from pipeline.cli.asking import AT, JSON, QUIET, command
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def _duration(context: click.Context, parameter: click.Parameter, value: str | N
 
 @command(examples=("history ROOT --last 7",))
 @click.argument("root")
-@click.option("--last", type=int, default=30, show_default=True, metavar="N", help="The newest so many.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def history(root: str, last: int, as_json: bool) -> None:
+@click.option("--last", type=click.IntRange(1), default=30, show_default=True, metavar="N", help="The newest so many.")
+@QUIET
+@JSON
+def history(root: str, last: int, quiet: bool, as_json: bool) -> None:
     """The snapshots of ROOT: what each holds, what changed, who keeps it, which run made it.
 
     Exit code 1 if a record is damaged, or is not the child of the one before.
@@ -44,7 +45,8 @@ def history(root: str, last: int, as_json: bool) -> None:
     from pipeline.errors import IntegrityError
     from pipeline.ingest.history import history
 
-    rows = history(root, last)
+    with Reporter(quiet=quiet) as progress:
+        rows = history(root, last, progress=progress)
     if as_json:
         click.echo(json.dumps([row.to_json() for row in rows], indent=1, sort_keys=True))
     else:
@@ -85,11 +87,14 @@ def _state(problem: str, collected: bool, pins: Iterable[str]) -> str:
 
 @command(examples=("diff ROOT", "diff ROOT 1 2 --json"))
 @click.argument("root")
-@click.argument("before", metavar="[A]", required=False, type=int)
-@click.argument("after", metavar="[B]", required=False, type=int)
-@click.option("--named", type=int, default=20, show_default=True, metavar="N", help="Images named per kind of change.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output; names all images.")
-def diff(root: str, before: int | None, after: int | None, named: int, as_json: bool) -> None:
+@click.argument("before", metavar="[A]", required=False, type=click.IntRange(1))
+@click.argument("after", metavar="[B]", required=False, type=click.IntRange(1))
+@click.option("--named", type=click.IntRange(0), metavar="N", help="Images named per kind of change (default: 20).")
+@QUIET
+@click.option(
+    "--json", "as_json", is_flag=True, help="Machine-readable output; names all images, unless --named bounds them."
+)
+def diff(root: str, before: int | None, after: int | None, named: int | None, quiet: bool, as_json: bool) -> None:
     """What changed from snapshot A of ROOT to B: images, labels, classes and their counts, rejects.
 
     By default the newest is compared with the one before it, or A with the newest. Exit code 1 if an image moved
@@ -98,7 +103,9 @@ def diff(root: str, before: int | None, after: int | None, named: int, as_json: 
     from pipeline.errors import IntegrityError
     from pipeline.ingest.diff import diff
 
-    found = diff(root, before, after, num_named=None if as_json else max(named, 0))
+    num_named = named if as_json or named is not None else 20
+    with Reporter(quiet=quiet) as progress:
+        found = diff(root, before, after, num_named=num_named, progress=progress)
     click.echo(json.dumps(found.to_json(), indent=1, sort_keys=True, ensure_ascii=False) if as_json else _diff(found))
     if not found.is_lawful:
         raise IntegrityError(
@@ -157,10 +164,10 @@ def _change(kind: str, change: Change) -> str:
 @command(examples=("pin ROOT paper --at 2", "pin ROOT paper --remove"))
 @click.argument("root")
 @click.argument("name", required=False)
-@click.option("--at", "number", type=int, metavar="N", help="A snapshot other than the newest.")
+@AT
 @click.option("--remove", is_flag=True, help="Remove the pin instead.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: bool) -> None:
+@JSON
+def pin(root: str, name: str | None, at: int | None, remove: bool, as_json: bool) -> None:
     """Keep a snapshot of ROOT from collection under NAME; without NAME, list the pins."""
     from dataclasses import asdict
 
@@ -169,24 +176,24 @@ def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: 
     from pipeline.store import Store
 
     if name is None:
-        if remove or number is not None:
+        if remove or at is not None:
             raise UsageError("which pin? name it: evenshard pin ROOT NAME")
         pins = tuple(read_pins(Store.open(root)).values())
         text = show.table(("pin", "snapshot"), ((one.name, one.snapshot) for one in pins)) if pins else "no pins"
     elif remove:
-        if number is not None:
+        if at is not None:
             raise UsageError("--remove takes the name alone, no --at")
         pins = (unpin(root, name),)
         text = f"removed pin {name}: snapshot {pins[0].snapshot} goes when no longer among those that gc keeps"
     else:
-        pins = (pin(root, name, number),)
+        pins = (pin(root, name, at),)
         text = f"snapshot {pins[0].snapshot} of {show.safe(root)} is kept as {name}"
     click.echo(json.dumps([asdict(one) for one in pins], indent=1, sort_keys=True) if as_json else text)
 
 
 @command(examples=("gc ROOT --keep 7", "gc ROOT --keep 7 --delete"))
 @click.argument("root")
-@click.option("--keep", type=int, required=True, metavar="N", help="Keep the newest so many snapshots.")
+@click.option("--keep", type=click.IntRange(1), required=True, metavar="N", help="Keep the newest so many snapshots.")
 @click.option("--delete", is_flag=True, help="Remove the files; without it, they are only listed.")
 @click.option(
     "--grace",
@@ -194,8 +201,8 @@ def pin(root: str, name: str | None, number: int | None, remove: bool, as_json: 
     metavar="TIME",
     help="Leave younger files alone (default: 7d). Builds count on it: shorter only while none runs.",
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@QUIET
+@JSON
 def gc(root: str, keep: int, delete: bool, grace: float | None, quiet: bool, as_json: bool) -> None:  # fmt: skip
     """Collect: remove files of ROOT that no kept snapshot names. A dry run, unless --delete is given.
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import listing, show
-from pipeline.cli.asking import command, manifest_names, policy_names
+from pipeline.cli.asking import AT, JSON, command, manifest_names, one_of, policy_names
 
 if TYPE_CHECKING:
     from pipeline.plan.outcome import Outcome
     from pipeline.plan.policy import Policy
     from pipeline.snapshot import Snapshot
 
-_AT = click.option("--at", type=int, metavar="N", help="A snapshot other than the newest.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-_EPOCH_SIZE = click.option("--epoch-size", type=int, metavar="N", help="Scale the policy to this many draws an epoch.")
+_EPOCH_SIZE = click.option(
+    "--epoch-size", type=click.IntRange(1), metavar="N", help="Scale the policy to this many draws an epoch."
+)
 _SINGLE = ("natural", "oversampled", "undersampled", "balanced", "square_root")
 
 
@@ -42,10 +42,12 @@ def _policy(text: str, epoch_size: int | None) -> Policy:
     help="A policy, a composition or a manifest of ROOT; several times. Default: the usual ones.",
 )  # fmt: skip
 @_EPOCH_SIZE
-@click.option("--batch", type=int, default=256, show_default=True, metavar="N", help="Draws of a global batch.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Draws of a global batch."
+)
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
-@_AT
-@_JSON
+@AT
+@JSON
 def plan(
     root: str, texts: Sequence[str], epoch_size: int | None, batch: int, split: str, at: int | None, as_json: bool
 ) -> None:
@@ -142,7 +144,7 @@ def _side_by_side(rows: Sequence[tuple[str, Policy, Outcome]]) -> str:
     help="For example balanced:per_class=50 or power:alpha=0.5.",
 )  # fmt: skip
 @_EPOCH_SIZE
-@_JSON
+@JSON
 def manifest(root: str, name: str, policy: str, epoch_size: int | None, as_json: bool) -> None:
     """Add manifest NAME to an existing build, without touching an image."""
     from pipeline.ingest.manifests import add_manifest
@@ -153,8 +155,8 @@ def manifest(root: str, name: str, policy: str, epoch_size: int | None, as_json:
 
 @command(examples=("manifests ROOT", "manifests ROOT --json"))
 @click.argument("root")
-@_AT
-@_JSON
+@AT
+@JSON
 def manifests(root: str, at: int | None, as_json: bool) -> None:
     """The manifests of a snapshot: draws, distinct images and largest repeat per epoch."""
     from pipeline.snapshot import open_snapshot
@@ -206,9 +208,9 @@ def _print_manifests(snapshot: Snapshot, names: Sequence[str], as_json: bool) ->
 @click.argument("root")
 @click.argument("manifest_name", metavar="MANIFEST", shell_complete=manifest_names)
 @click.option("--class", "chosen", multiple=True, metavar="NAME", help="This class only; several times.")
-@_AT
+@AT
 @click.option("--csv", "as_csv", is_flag=True, help="All columns as CSV; text that looks like a formula is guarded.")
-@_JSON
+@JSON
 def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None, as_csv: bool, as_json: bool) -> None:
     """What MANIFEST means for each class: images, draws, repeats, priors, weights, and whether it can be evaluated.
 
@@ -217,6 +219,7 @@ def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None
     """
     from pipeline.snapshot import open_snapshot
 
+    one_of(csv=as_csv, json=as_json)
     table = open_snapshot(root, at=at).manifest(manifest_name).per_class()
     rows: list[dict[str, Any]] = table.to_pylist()
     if chosen:
@@ -234,12 +237,12 @@ def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None
 
 
 def _choose(rows: list[dict[str, Any]], chosen: Sequence[str]) -> list[dict[str, Any]]:
-    from pipeline.errors import UsageError
+    from pipeline.errors import NotFoundError
     from pipeline.plan.spelling import nearest
 
     found = {row["name"]: row for row in rows}
     if unknown := [name for name in chosen if name not in found]:
-        raise UsageError(f"no class {unknown[0]!r} in this snapshot{nearest(unknown[0], found)}")
+        raise NotFoundError(f"no class {unknown[0]!r} in this snapshot{nearest(unknown[0], found)}")
     return [found[name] for name in dict.fromkeys(chosen)]
 
 
@@ -251,11 +254,11 @@ def _choose(rows: list[dict[str, Any]], chosen: Sequence[str]) -> list[dict[str,
 )
 @click.argument("root")
 @click.argument("kind", type=click.Choice(["deferred", "progressive"]))
-@click.option("--epochs", type=int, required=True, metavar="N", help="Epochs of the whole training.")
-@click.option("--stages", type=int, default=5, show_default=True, metavar="N", help="progressive: how many manifests.")
+@click.option("--epochs", type=click.IntRange(2), required=True, metavar="N", help="Epochs of the whole training.")
+@click.option("--stages", type=click.IntRange(2), metavar="N", help="progressive: how many manifests (default: 5).")
 @click.option("--dry-run", is_flag=True, help="Print only; add no manifest.")
-@_JSON
-def schedule(root: str, kind: str, epochs: int, stages: int, dry_run: bool, as_json: bool) -> None:
+@JSON
+def schedule(root: str, kind: str, epochs: int, stages: int | None, dry_run: bool, as_json: bool) -> None:
     """A list of manifests with shares of the training; adds those that ROOT lacks.
 
     deferred: natural draws, the last fifth balanced. progressive: from natural to balanced in equal steps.
@@ -265,7 +268,9 @@ def schedule(root: str, kind: str, epochs: int, stages: int, dry_run: bool, as_j
     from pipeline.plan.policy import to_json
     from pipeline.snapshot import open_snapshot
 
-    found = schedules.deferred() if kind == "deferred" else schedules.progressive(stages)
+    if kind == "deferred" and stages is not None:
+        raise click.UsageError("deferred has two stages: --stages is for progressive")
+    found = schedules.deferred() if kind == "deferred" else schedules.progressive(stages or 5)
     counts = schedules.epochs_of(found, epochs)
     wanted = {stage.manifest: stage.policy for stage in found}
     snapshot = open_snapshot(root) if dry_run else add_manifests(root, wanted)

@@ -1,4 +1,4 @@
-"""Progress of a build: a live bar on a terminal, a line every few seconds elsewhere (job logs, CI)."""
+"""Progress of what takes long: a live bar on a terminal, a line every few seconds elsewhere (job logs, CI)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-LINE_EVERY_S = 5.0
+LINE_EVERY_S = 2.0
+"""Whatever takes no longer says nothing."""
+
 _VERBS = {
     "list": "listing the source",
     "start": "starting workers",
@@ -33,13 +35,24 @@ _VERBS = {
     "export": "writing tars",
     "draw": "drawing images",
     "look": "looking at files",
+    "keep": "reading what is kept",
     "remove": "removing files",
+    "survey": "reading indexes",
+    "compare": "comparing shards",
+    "pictures": "making pictures",
+    "history": "reading records",
+}
+_UNITS = {
+    **dict.fromkeys(("look", "remove"), "files"),
+    **dict.fromkeys(("survey", "compare"), "shards"),
+    "pictures": "pictures",
+    **dict.fromkeys(("history", "keep"), "snapshots"),
 }
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:,.0f} images/s")
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")
 
 
 class Reporter:
@@ -79,7 +92,7 @@ class Reporter:
             if self._task is not None:
                 live.remove_task(self._task)
             self._stage = stage
-            self._task = live.add_task(_VERBS.get(stage, stage), total=total or None)
+            self._task = live.add_task(_VERBS.get(stage, stage), total=total or None, unit=_UNITS.get(stage, "images"))
         live.update(self._task, completed=done, total=total or None)
 
     def _print_line(self, stage: str, done: int, total: int) -> None:
@@ -96,4 +109,6 @@ class Reporter:
         rate = (done - self._first_done) / (now - self._stage_start_s)
         left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and total else ""
         of_all = f" of {total:,}" if total else ""  # of containers nobody knows how many images they hold
-        click.echo(f"{_VERBS.get(stage, stage)}: {done:,}{of_all}, {rate:,.0f} images/s{left}", err=True)
+        click.echo(
+            f"{_VERBS.get(stage, stage)}: {done:,}{of_all}, {rate:,.0f} {_UNITS.get(stage, 'images')}/s{left}", err=True
+        )

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.demo.product import COLOURS, PATTERNS, SHAPES, Product, Rng, draw_product, encode
-from pipeline.errors import UsageError
+from pipeline.errors import StoreError
 from pipeline.keyed import derive, seed_key, text_key
 
 DRAWING_VERSION = 1
@@ -118,11 +118,11 @@ def _claim(directory: Path, plan: PhotoPlan) -> None:
     asked = json.dumps({"drawing": DRAWING_VERSION, "seed": plan.seed, "quick": plan.quick})
     found = note.read_text("utf-8") if note.exists() else None
     if found is None and directory.exists() and any(directory.iterdir()):
-        raise UsageError(
+        raise StoreError(
             f"{directory} holds files but {note} does not exist, so they may be yours: give the demo another directory"
         )
     if found not in (None, asked):
-        raise UsageError(
+        raise StoreError(
             f"{note} says that {directory} holds {found}, asked for {asked}: give the demo another directory"
         )
     directory.mkdir(parents=True, exist_ok=True)

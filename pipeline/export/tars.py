@@ -112,7 +112,7 @@ def export_tars(
 ) -> ExportSummary:
     """Write ``plan`` below ``dest`` one unit of work per shard.
 
-    Errors: ``UsageError`` when ``dest`` holds something else; ``IntegrityError`` when a stored image is damaged.
+    Errors: ``AlreadyExistsError`` when ``dest`` holds something else; ``IntegrityError`` for a damaged image.
     """
     notify = progress or (lambda stage, done, total: None)
     store = _open_dest(str(dest), plan)
@@ -196,9 +196,11 @@ def _open_dest(dest: str, plan: ExportPlan) -> Store:
     present = store.list("")
     if "plan.json" in present:
         if store.read("plan.json") != wanted:
-            raise UsageError(f"{store.url} holds another export (see plan.json there); choose an empty DEST")
+            raise AlreadyExistsError(f"{store.url} holds another export (see plan.json there); choose an empty DEST")
     elif present:
-        raise UsageError(f"{store.url} is not empty ({present[0]}, ...) and holds no export; choose an empty DEST")
+        raise AlreadyExistsError(
+            f"{store.url} is not empty ({present[0]}, ...) and holds no export; choose an empty DEST"
+        )
     else:
         try:
             store.create("plan.json", wanted)

@@ -38,11 +38,11 @@ from pipeline.ingest.commit import GRACE_S, MARKER_LIFE_S, MARKERS, is_dead_mark
 from pipeline.ingest.known import notes_path
 from pipeline.ingest.pins import Pin, read_pins
 from pipeline.schema import collected_path, index_path, snapshot_path, tar_path
-from pipeline.snapshot import Snapshot, is_collected, newest_number, read_record
+from pipeline.snapshot import Snapshot, is_collected, newest_number, no_snapshot, read_record
 from pipeline.store import Entry, Store
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, files done, files in all)."""
+"""Called with (stage, done, in all): kept snapshots read, files removed."""
 
 _RENEW_S = MARKER_LIFE_S / 6
 _AT_ONCE = 16
@@ -136,7 +136,7 @@ class _Run:
     def __init__(self, store: Store, keep: int, grace_s: float, progress: Progress) -> None:
         self._store, self._keep, self._grace_s, self._progress = store, keep, grace_s, progress
         if newest_number(store) == 0:
-            raise NotFoundError(f"no snapshot in {store.url}: nothing to keep, so nothing is removed")
+            raise no_snapshot(store)
         # Time, then files, then records and pins: what a build publishes in between is seen. See ``ingest.commit``.
         self._now_s = store.now_s()
         self._before_s = self._now_s - grace_s
@@ -170,7 +170,7 @@ class _Run:
         newest, pins = newest_number(store), read_pins(store)
         kept = dict(sorted(self._kept(newest, pins)))
         files: set[str] = set()
-        for number in kept:
+        for done, number in enumerate(kept, 1):
             snapshot = Snapshot(store, read_record(store, number))
             for pin in pins.values():
                 if pin.snapshot == number and pin.snapshot_id != snapshot.id:
@@ -187,6 +187,7 @@ class _Run:
                     f"nothing was removed: snapshot {number} is to be kept ({kept[number]}), and what it names cannot "
                     f"be told: {error}"
                 ) from error
+            self._progress("keep", done, len(kept))
         return _Living(newest, pins, kept, frozenset(files))
 
     def _kept(self, newest: int, pins: Mapping[str, Pin]) -> Iterator[tuple[int, str]]:

@@ -11,8 +11,9 @@ bytes: there must be none.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,13 +21,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import NotFoundError, UsageError
+from pipeline.errors import NotFoundError
 from pipeline.ingest.units import index_digests, index_keys
 from pipeline.schema import INDEXES, SPLITS, FileRef, index_path
 from pipeline.snapshot import Snapshot, is_collected, newest_number, open_snapshot
 from pipeline.store import Store
 
 Rows = NDArray[np.int64]
+
+Progress = Callable[[str, int, int], None]
+"""Called with ("compare", shards opened, shards to open)."""
 
 KINDS = ("added", "removed", "changed", "renamed", "relabelled", "moved")
 
@@ -81,7 +85,12 @@ class Diff:
 
 
 def diff(
-    root: str | Store, before: int | None = None, after: int | None = None, *, num_named: int | None = None
+    root: str | Store,
+    before: int | None = None,
+    after: int | None = None,
+    *,
+    num_named: int | None = None,
+    progress: Progress | None = None,
 ) -> Diff:
     """Compare two snapshots of ``root``: by default the newest with the one before it, or ``before`` with the newest.
 
@@ -89,10 +98,11 @@ def diff(
     """
     store = root if isinstance(root, Store) else Store.open(root)
     after = (newest_number(store) or open_snapshot(store).number) if after is None else after
-    before = after - 1 if before is None else before
-    if before < 1:
-        raise UsageError(f"there is no snapshot before snapshot {after} of {store.url}: nothing to compare it with")
-    return _Comparison(*(_opened(store, number) for number in (before, after))).result(num_named)
+    chosen, before = before, after - 1 if before is None else before
+    if before < 1 and chosen is None:
+        raise NotFoundError(f"there is no snapshot before snapshot {after} of {store.url}: nothing to compare it with")
+    sides = [_opened(store, number) for number in (before, after)]
+    return _Comparison(sides[0], sides[1], progress or (lambda stage, done, total: None)).result(num_named)
 
 
 def _opened(store: Store, number: int) -> Snapshot:
@@ -107,14 +117,14 @@ def _opened(store: Store, number: int) -> Snapshot:
 class _Side:
     """One of the two snapshots: the images of the shards that the other does not have, as columns."""
 
-    def __init__(self, snapshot: Snapshot, shared: frozenset[str]) -> None:
+    def __init__(self, snapshot: Snapshot, shared: frozenset[str], opened: Callable[[], None]) -> None:
         self.snapshot = snapshot
         self.names: list[str] = snapshot.classes["name"].to_pylist()
-        parts = [
-            (number, row["split"], _open(snapshot, row))
-            for number, row in enumerate(snapshot.shards.to_pylist())
-            if row["index_sha256"] not in shared
-        ]
+        parts: list[tuple[int, str, pa.Table]] = []
+        for number, row in enumerate(snapshot.shards.to_pylist()):
+            if row["index_sha256"] not in shared:
+                parts.append((number, row["split"], _open(snapshot, row)))
+                opened()
         self.num_opened = len(parts)
         indexes = [index for _, _, index in parts]
         counts = [index.num_rows for index in indexes]
@@ -142,10 +152,15 @@ def _join(parts: Sequence[NDArray[Any]], dtype: Any, shape: tuple[int, ...] = (0
 
 
 class _Comparison:
-    def __init__(self, before: Snapshot, after: Snapshot) -> None:
+    def __init__(self, before: Snapshot, after: Snapshot, progress: Progress) -> None:
         one, two = (frozenset(snapshot.shards["index_sha256"].to_pylist()) for snapshot in (before, after))
         self._num_shared = len(one & two)
-        self._old, self._new = _Side(before, one & two), _Side(after, one & two)
+        steps = itertools.count(1)
+
+        def opened() -> None:
+            progress("compare", next(steps), len(one ^ two))
+
+        self._old, self._new = _Side(before, one & two, opened), _Side(after, one & two, opened)
 
     def result(self, num_named: int | None) -> Diff:
         old, new = self._old, self._new

@@ -7,7 +7,7 @@ and run logs alone, so it is quick at any size; a damaged record is told in its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,8 +16,11 @@ from typing import Any
 from pipeline.errors import EvenshardError, IntegrityError, NotFoundError, StoreError, UsageError
 from pipeline.ingest.pins import read_pins
 from pipeline.schema import SHARDS, SnapshotRecord, snapshot_path
-from pipeline.snapshot import Snapshot, is_collected, newest_number, read_record, record_id
+from pipeline.snapshot import Snapshot, is_collected, newest_number, no_snapshot, read_record, record_id
 from pipeline.store import Store
+
+Progress = Callable[[str, int, int], None]
+"""Called with ("history", records read, records in all)."""
 
 _AT_ONCE = 16
 _RUNS = "runs/builds"
@@ -60,18 +63,22 @@ class Past:
         return asdict(self)
 
 
-def history(root: str | Store, last: int | None = None) -> tuple[Past, ...]:
+def history(root: str | Store, last: int | None = None, *, progress: Progress | None = None) -> tuple[Past, ...]:
     """The ``last`` snapshots of ``root`` (all by default), oldest first."""
     if last is not None and last < 1:
         raise UsageError(f"show the last 1 or more snapshots, not {last}")
     store = root if isinstance(root, Store) else Store.open(root)
     newest = newest_number(store)
     if newest == 0:
-        raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
+        raise no_snapshot(store)
     first = 1 if last is None else max(1, newest - last + 1)
     numbers = range(max(1, first - 1), newest + 1)  # the one before the first shown is its parent
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        looked = dict(zip(numbers, pool.map(lambda number: _look(store, number), numbers), strict=True))
+        looked: dict[int, _Looked] = {}
+        for number, found in zip(numbers, pool.map(lambda number: _look(store, number), numbers), strict=True):
+            looked[number] = found
+            if progress is not None:
+                progress("history", len(looked), len(numbers))
         runs = _runs(store, pool)
     pins = _pins(store)
     return tuple(_past(number, looked, pins, runs) for number in numbers if number >= first)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import PolicyError, UsageError
+from pipeline.errors import AlreadyExistsError, PolicyError, UnfitPolicyError
 from pipeline.ingest.commit import commit
 from pipeline.ingest.known import pass_on_notes
 from pipeline.plan import policy as policies
@@ -49,14 +49,16 @@ def put_manifests(store: Store, base: Base, wanted: Mapping[str, Policy]) -> dic
         try:
             result[name] = _put_manifest(store, base, name, wanted[name])
         except PolicyError as error:
-            raise PolicyError(f"manifest {name!r}: {error}") from error
+            raise type(error)(f"manifest {name!r}: {error}") from error
     return result
 
 
 def _put_manifest(store: Store, base: Base, name: str, policy: Policy, split: str = "train") -> FileRef:
     check_name(name)
     if split not in base.samples:
-        raise PolicyError(f"the snapshot has no {split} images; it has {', '.join(sorted(base.samples)) or 'none'}")
+        raise UnfitPolicyError(
+            f"the snapshot has no {split} images; it has {', '.join(sorted(base.samples)) or 'none'}"
+        )
     counts = base.class_table[split].to_numpy().astype(np.int64)
     targets = policies.apply(counts, policy, base.class_table["name"].to_pylist())
     columns = {"available": targets.available, "pool": targets.pool, "target": targets.target}
@@ -86,14 +88,15 @@ def add_manifests(root: str, wanted: Mapping[str, Policy]) -> Snapshot:
     """Derive more manifests for the newest snapshot of ``root`` and commit them together as the next snapshot.
 
     The same policy under the same name again is no change; nothing new returns the newest snapshot as it is. A name
-    taken by another policy is a ``UsageError``: trainers that use the name would silently get other draws.
+    taken by another policy is an ``AlreadyExistsError``: trainers that use the name would silently get other draws.
     """
     snapshot = open_snapshot(root)
     record = snapshot.record
     for name, policy in wanted.items():
         if name in record.manifests and (present := snapshot.manifest(name).document.policy) != policy:
-            other = policies.to_json(present)
-            raise UsageError(f"manifest {name!r} of snapshot {record.number} has policy {other}; choose another name")
+            raise AlreadyExistsError(
+                f"manifest {name!r} of snapshot {record.number} has policy {present}, not {policy}; choose another name"
+            )
     base = Base(snapshot.classes, record.classes, record.shards, record.samples)
     made = put_manifests(snapshot.store, base, wanted)
     if all(record.manifests.get(name) == ref for name, ref in made.items()):

@@ -33,8 +33,8 @@ class Pin:
 def pin(root: str | Store, name: str, number: int | None = None) -> Pin:
     """Keep snapshot ``number`` of ``root``, the newest by default, until ``unpin``.
 
-    The same pin again is no error; a name that keeps another snapshot is a ``UsageError``. ``NotFoundError`` where
-    there is no such snapshot, or it was collected.
+    The same pin again is no error; a name that keeps another snapshot is an ``AlreadyExistsError``. ``NotFoundError``
+    where there is no such snapshot, or it was collected.
     """
     _check_name(name)
     snapshot = open_snapshot(root, number)
@@ -44,7 +44,7 @@ def pin(root: str | Store, name: str, number: int | None = None) -> Pin:
     except AlreadyExistsError:
         present = read_pin(store, name)
         if present != made:
-            raise UsageError(
+            raise AlreadyExistsError(
                 f"pin {name!r} of {store.url} keeps snapshot {present.snapshot}, not {made.snapshot}: choose another "
                 f"name, or remove it first with `evenshard pin {store.url} {name} --remove`"
             ) from None

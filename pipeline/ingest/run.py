@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import BuildConfig, make_config
-from pipeline.errors import SourceError, UsageError
+from pipeline.errors import CommitError, SourceError
 from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
@@ -309,7 +309,7 @@ def _pack(record: UnitRecord) -> Pack:
 
 def _check_parent(config: BuildConfig, parent: Snapshot | None) -> None:
     if parent is not None and parent.record.seed != config.seed:
-        raise UsageError(
+        raise CommitError(
             f"{config.root} was built with seed {parent.record.seed}, this build asks for {config.seed}: "
             "splits and shards would all change; keep the seed or choose an empty ROOT"
         )

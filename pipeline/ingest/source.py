@@ -18,7 +18,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipeline.config import BuildConfig
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UsageError
 from pipeline.ingest.source_containers import (
     Container,
     ContainerListing,
@@ -212,12 +212,12 @@ def _list_containers(config: BuildConfig, source: Place, *, is_file: bool) -> Li
 
 def _check_apart(source: Place, root: Place, *, is_file: bool) -> None:
     if root.holds(source):
-        raise SourceError(
+        raise UsageError(
             f"source {source.shown} {'is' if root == source else 'lies within'} ROOT {root.shown}: a build must not "
             "read what it writes; give another ROOT"
         )
     if not is_file and source.holds(root):
-        raise SourceError(
+        raise UsageError(
             f"ROOT {root.shown} lies within the source {source.shown}: the next build would list its files as images; "
             "give a ROOT outside"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, UsageError
 from pipeline.ingest.source_files import Place, list_folder_entries, list_names, look_at
 from pipeline.ingest.source_items import ContainerKind, Fields, Item, Refused, container_kind, named
 from pipeline.ingest.source_local import Found
@@ -208,7 +208,7 @@ class ContainerListing:
             yield from containers
             return
         if self.columns.split is not None:
-            raise SourceError(
+            raise UsageError(
                 f"--split-from {self._split_from} and the column {self.columns.split!r} both give splits: choose one"
             )
         found = by_name if self._split_from == "name" else [_split_on_top(c.name) for c in containers]

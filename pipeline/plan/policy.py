@@ -33,7 +33,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.errors import PolicyError
+from pipeline.errors import PolicyError, UnfitPolicyError
 from pipeline.keyed import derive, keyed_hash, seed_key
 from pipeline.plan.apportion import fill, largest_remainder, total_of
 from pipeline.plan.parameters import MAX_INTEGER
@@ -124,7 +124,9 @@ def apply(counts: ArrayLike, policy: Policy, names: Sequence[str] | None = None)
     pool = _pool(available, policy)
     asked, target = _rounded(pool, policy, names)
     if not target.any():
-        raise PolicyError(f"policy {policy}: no class is drawn; ask for at least one draw of a class that has images")
+        raise UnfitPolicyError(
+            f"policy {policy}: no class is drawn; ask for at least one draw of a class that has images"
+        )
     if (largest := int(target.max())) > MAX_TARGET:
         raise _too_many(policy, largest)
     wished = target
@@ -138,7 +140,7 @@ def apply(counts: ArrayLike, policy: Policy, names: Sequence[str] | None = None)
 
 
 def _too_many(policy: Policy, draws: int) -> PolicyError:
-    return PolicyError(f"policy {policy}: {draws} draws of one class; at most {MAX_TARGET} are possible")
+    return UnfitPolicyError(f"policy {policy}: {draws} draws of one class; at most {MAX_TARGET} are possible")
 
 
 def _pool(available: IntArray, policy: Policy) -> IntArray:
@@ -147,7 +149,7 @@ def _pool(available: IntArray, policy: Policy) -> IntArray:
     if wanted := policy.integer("pseudo_singletons"):
         rich = np.flatnonzero(available >= FEW_BELOW)
         if len(rich) < wanted:
-            raise PolicyError(
+            raise UnfitPolicyError(
                 f"policy {policy}: pseudo_singletons must be at most {len(rich)}, the number of classes with "
                 f"{FEW_BELOW} images or more"
             )
@@ -155,7 +157,7 @@ def _pool(available: IntArray, policy: Policy) -> IntArray:
     if policy.get("singletons") == "drop":
         pool[available == 1] = 0
     if not pool.any():
-        raise PolicyError(f"policy {policy}: all {np.count_nonzero(available)} classes have one image; keep some")
+        raise UnfitPolicyError(f"policy {policy}: all {np.count_nonzero(available)} classes have one image; keep some")
     return pool
 
 
@@ -165,7 +167,7 @@ def _rounded(counts: IntArray, policy: Policy, names: Sequence[str] | None) -> t
     groups = group(counts, wish)
     asked, ideal, unit = _settle(groups, DEMANDS[policy.name](groups, policy), policy)
     if ceil(Fraction(max(ideal), unit)) >= MAX_INTEGER:
-        raise PolicyError(
+        raise UnfitPolicyError(
             f"policy {policy}: {max(ideal) // unit} draws of one class; at most {MAX_TARGET} are possible"
         )
     target = np.zeros_like(counts)
@@ -191,7 +193,7 @@ def _checked(counts: ArrayLike) -> IntArray:
     if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and (array < 0).any()):
         raise PolicyError(f"counts must be one row of integers, none negative; found {array.dtype} {array.shape}")
     if not array.any():
-        raise PolicyError(f"none of the {array.size} classes has an image in this split: nothing can be drawn")
+        raise UnfitPolicyError(f"none of the {array.size} classes has an image in this split: nothing can be drawn")
     return array.astype(np.int64)
 
 
@@ -205,8 +207,9 @@ def _wishes(counts: IntArray, policy: Policy, names: Sequence[str] | None) -> tu
         raise PolicyError(f"policy explicit needs the names of all {len(counts)} classes")
     ids = {name: class_id for class_id, name in enumerate(names)}
     if unknown := [name for name, _ in table if name not in ids]:
-        raise PolicyError(
-            f"policy explicit: {len(unknown)} names are no class of this snapshot: {', '.join(unknown[:5])}"
+        names_are = "1 name is" if len(unknown) == 1 else f"{len(unknown):,} names are"
+        raise UnfitPolicyError(
+            f"policy explicit: {names_are} no class of this snapshot: {', '.join(unknown[:5])}"
             f"{nearest(unknown[0], ids)}"
         )
     if policy.get("others") == "natural":
@@ -229,6 +232,8 @@ def _settle(groups: Groups, demand: Demand, policy: Policy) -> tuple[int, list[i
     high = [min(bound, cap) for bound, cap in zip(above, caps, strict=True)]
     least = total_of(groups.many, low)
     if least > total and policy.get("epoch_size") is not None:
-        raise PolicyError(f"policy {policy}: a floor of {demand.low} takes {least} draws; raise epoch_size or lower it")
+        raise UnfitPolicyError(
+            f"policy {policy}: a floor of {demand.low} takes {least} draws; raise epoch_size or lower it"
+        )
     total = max(total, least)
     return total, *fill(demand.weight, groups.many, low, high, total)

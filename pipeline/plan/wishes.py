@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PolicyError
+from pipeline.errors import PolicyError, UnfitPolicyError
 from pipeline.plan.apportion import total_of
 from pipeline.plan.parameters import DECIMAL, MAX_INTEGER, Value
 from pipeline.plan.spelling import Policy
@@ -139,7 +139,7 @@ def _bounds(groups: Groups, policy: Policy) -> tuple[int, int]:
     low = _images(groups, policy.get("floor"), 0)
     high = _images(groups, policy.get("ceiling"), MAX_INTEGER)
     if low > high:
-        raise PolicyError(f"policy {policy}: floor {low} is above ceiling {high}")
+        raise UnfitPolicyError(f"policy {policy}: floor {low} is above ceiling {high}")
     return low, high
 
 

@@ -13,17 +13,20 @@ from pipeline.ingest.source import open_originals
 from pipeline.ingest.summary import BuildSummary
 from pipeline.report.page import write_report
 from pipeline.report.pictures import Originals
+from pipeline.report.survey import Progress
 from pipeline.schema import report_path
 from pipeline.store import Store
 
 
-def write_build_report(config: BuildConfig, summary: BuildSummary) -> tuple[str, str]:
+def write_build_report(
+    config: BuildConfig, summary: BuildSummary, *, progress: Progress | None = None
+) -> tuple[str, str]:
     """Where the page of the snapshot lies and '', or '' and a notice. A build that changed nothing keeps its page."""
     try:
         store, path = Store.open(config.root), report_path(summary.number)
         if not summary.changed and store.exists(path):
             return store.local_path(path) or f"{store.url}/{path}", ""
-        return write_report(store, at=summary.number, originals=_originals(config)), ""
+        return write_report(store, at=summary.number, originals=_originals(config), progress=progress), ""
     except Exception as error:  # whatever it is: the snapshot is published, and a page can be written later
         told = str(error) if isinstance(error, EvenshardError | OSError) else repr(error)
         return "", (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import EvenshardError
-from pipeline.ingest.diff import KINDS, Change, Diff, diff
+from pipeline.ingest.diff import KINDS, Change, Diff, Progress, diff
 from pipeline.snapshot import Snapshot
 
 NUM_NAMED = 6
@@ -55,12 +55,12 @@ class Since:
         return told is not None and not (any(told.counts.values()) or told.drift or told.rejects)
 
 
-def since_the_one_before(snapshot: Snapshot) -> Since:
+def since_the_one_before(snapshot: Snapshot, progress: Progress | None = None) -> Since:
     """Compare ``snapshot`` with the one before it."""
     if snapshot.number == 1:
         return Since(None, "This is the first snapshot.")
     try:
-        return Since(diff(snapshot.store, snapshot.number - 1, snapshot.number, num_named=NUM_NAMED))
+        return Since(diff(snapshot.store, snapshot.number - 1, snapshot.number, num_named=NUM_NAMED, progress=progress))
     except EvenshardError as error:
         return Since(None, f"It cannot be compared with snapshot {snapshot.number - 1}: {error}")
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -16,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from pipeline.errors import EvenshardError, UsageError
+from pipeline.errors import EvenshardError, StoreError
 from pipeline.ingest.history import run_of
 from pipeline.ingest.stats import describe
 from pipeline.report import words
@@ -35,7 +36,7 @@ from pipeline.report.numbers import (
 )
 from pipeline.report.pictures import Originals, Pictures
 from pipeline.report.refused import Copies, reason_counts, reason_groups, spread
-from pipeline.report.survey import Place, Survey, survey
+from pipeline.report.survey import Place, Progress, Survey, survey
 from pipeline.schema import SPLITS, Reason, report_path
 from pipeline.snapshot import Snapshot, open_snapshot
 from pipeline.store import Store
@@ -62,13 +63,14 @@ def write_report(
     out: str | None = None,
     *,
     originals: Originals | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Write the page of snapshot ``at`` (the newest by default) below ``root``, or to the file ``out``; says where.
 
     ``originals`` reads entries of the source by path, to show rejected images; without it they are only named.
     """
     snapshot = open_snapshot(root, at)
-    page = render(snapshot, originals).encode()
+    page = render(snapshot, originals, progress).encode()
     if out is not None:
         _write_file(out, page)
         return out
@@ -78,21 +80,28 @@ def write_report(
 
 
 def _write_file(out: str, page: bytes) -> None:
+    """Whole or not at all: an interrupted report leaves the page that was there."""
+    draft = f"{out}.{os.urandom(4).hex()}.part"
     try:
-        with open(out, "wb") as file:
-            file.write(page)
+        try:
+            with open(draft, "xb") as file:
+                file.write(page)
+            os.replace(draft, out)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
     except OSError as error:
-        raise UsageError(f"the page cannot be written to {out!r}: {error.strerror}; name another file") from error
+        raise StoreError(f"the page cannot be written to {out!r}: {error.strerror}; name another file") from error
 
 
-def render(snapshot: Snapshot, originals: Originals | None = None) -> str:
+def render(snapshot: Snapshot, originals: Originals | None = None, progress: Progress | None = None) -> str:
     """The whole page."""
     classes = Classes.of(snapshot)
     draws = [Draws.of(snapshot.manifest(name)) for name in snapshot.manifests]
     copies = Copies(snapshot.rejects)
-    seen = survey(snapshot, copies.wanted)
-    since = since_the_one_before(snapshot)
-    with Pictures(snapshot, originals) as pictures:
+    seen = survey(snapshot, copies.wanted, progress=progress)
+    since = since_the_one_before(snapshot, progress)
+    with Pictures(snapshot, originals, progress) as pictures:
         sheets = _sheets(snapshot, classes, draws, pictures)
         pairs = _pairs(snapshot, classes, copies, seen, pictures)
     style, script = _asset("page.css"), _asset("page.js")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import EvenshardError
 from pipeline.images import ImageRejected, Inspection, Inspector, Limits, decode_rgb
-from pipeline.report.survey import Place
+from pipeline.report.survey import Place, Progress
 from pipeline.schema import tar_path
 from pipeline.snapshot import Snapshot
 from pipeline.store import ShardReader, read_image
@@ -46,9 +46,12 @@ class Picture:
 class Pictures:
     """Thumbnails of one snapshot, each made once. A context manager: it may hold a child process."""
 
-    def __init__(self, snapshot: Snapshot, originals: Originals | None = None) -> None:
+    def __init__(
+        self, snapshot: Snapshot, originals: Originals | None = None, progress: Progress | None = None
+    ) -> None:
         self._snapshot = snapshot
         self._originals = originals
+        self._progress = progress
         self._reader = ShardReader(snapshot.store)
         self._tars: list[str] = snapshot.shards["tar_sha256"].to_pylist()
         self._inspector: Inspector | None = None
@@ -105,6 +108,8 @@ class Pictures:
         return data
 
     def _picture(self, read: Callable[[], bytes]) -> Picture:
+        if self._progress is not None:
+            self._progress("pictures", len(self._made), 0)  # how many there will be, is known at the end
         try:
             data = read()
             if self._inspector is not None:

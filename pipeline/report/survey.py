@@ -8,7 +8,7 @@ Shards are filled by keyed hashes, so a spread of them is a fair sample.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -108,13 +108,21 @@ class _Tally:
                 self.found[digest] = Place(shard, row)
 
 
-def survey(snapshot: Snapshot, wanted: Iterable[bytes] = (), num_relatives: int = 12) -> Survey:
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all)."""
+
+
+def survey(
+    snapshot: Snapshot, wanted: Iterable[bytes] = (), num_relatives: int = 12, progress: Progress | None = None
+) -> Survey:
     """Read the indexes of ``snapshot``; ``wanted`` are digests to be found."""
     rows = snapshot.shards.to_pylist()
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_SHARDS)).round().astype(int)).tolist()
     tally = _Tally(frozenset(wanted))
-    for shard in chosen if rows else []:
+    for done, shard in enumerate(chosen if rows else [], 1):
         tally.add(shard, _index(snapshot, rows[shard]))
+        if progress is not None:
+            progress("survey", done, len(chosen))
     long = np.concatenate(tally.long) if tally.long else np.zeros(0, np.uint32)
     sizes = np.concatenate(tally.sizes) if tally.sizes else np.zeros(0, np.uint32)
     groups = _Groups.of(tally.groups)

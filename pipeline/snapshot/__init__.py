@@ -8,19 +8,12 @@ holds for it; files are read when they are first asked for; nothing is written.
 
 Inside, in this order:
     record.py      the commit record: bytes and back
+    numbers.py     which snapshots there are, and what to do where there is none
     reader.py      ``open_snapshot``, ``Snapshot``, ``Manifest``
 """
 
-from pipeline.snapshot.reader import (
-    Manifest,
-    Snapshot,
-    is_collected,
-    newest_number,
-    open_snapshot,
-    read_record,
-    refuse_collected,
-    snapshot_exists,
-)
+from pipeline.snapshot.numbers import is_collected, newest_number, no_snapshot, refuse_collected, snapshot_exists
+from pipeline.snapshot.reader import Manifest, Snapshot, open_snapshot, read_record
 from pipeline.snapshot.record import decode_record, encode_record, record_id
 
 __all__ = [
@@ -30,6 +23,7 @@ __all__ = [
     "encode_record",
     "is_collected",
     "newest_number",
+    "no_snapshot",
     "open_snapshot",
     "read_record",
     "record_id",

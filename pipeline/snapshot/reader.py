@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import IntegrityError, NotFoundError, StoreError, UsageError
+from pipeline.errors import IntegrityError, NotFoundError, UsageError
 from pipeline.plan import manifest as plan
 from pipeline.plan.policy import apply
 from pipeline.plan.spelling import nearest
@@ -28,12 +28,18 @@ from pipeline.schema import (
     TARGETS,
     FileRef,
     SnapshotRecord,
-    collected_path,
     index_path,
     manifest_path,
     snapshot_path,
     table_path,
     tar_path,
+)
+from pipeline.snapshot.numbers import (
+    collected,
+    is_collected,
+    newest_number,
+    no_snapshot,
+    refuse_collected,
 )
 from pipeline.snapshot.record import decode_record, record_id
 from pipeline.store import CheckedTable, ShardReader, Store, ipc_to_table, read_checked, read_image
@@ -44,10 +50,6 @@ OPEN_INDEXES = 64
 """Indexes that a snapshot keeps in memory: some 20 MB of full shards."""
 
 
-MAX_NAMED = 20
-"""Snapshots that a message names."""
-
-
 def open_snapshot(root: str | os.PathLike[str] | Store, at: int | None = None) -> Snapshot:
     """Snapshot number ``at`` of ``root``, the newest by default."""
     store = root if isinstance(root, Store) else Store.open(root)
@@ -55,63 +57,12 @@ def open_snapshot(root: str | os.PathLike[str] | Store, at: int | None = None) -
         raise UsageError(f"snapshots are numbered from 1; there is no snapshot {at}")
     number = newest_number(store) if at is None or not store.exists(snapshot_path(at)) else at
     if number == 0:
-        raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
+        raise no_snapshot(store)
     if at is not None and number != at:
         raise NotFoundError(f"there is no snapshot {at} in {store.url}; the newest is {number}")
     if at is not None:
         refuse_collected(store, at)
     return Snapshot(store, read_record(store, number))
-
-
-def snapshot_exists(store: Store) -> bool:
-    """Whether anything was ever committed."""
-    return store.exists(snapshot_path(1))
-
-
-def newest_number(store: Store) -> int:
-    """The largest snapshot number, 0 if there is none: by doubling, then bisection, so no listing is needed."""
-    if not snapshot_exists(store):
-        return 0
-    low, high = 1, 2
-    while store.exists(snapshot_path(high)):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if store.exists(snapshot_path(middle)) else (low, middle)
-    return low
-
-
-def is_collected(store: Store, number: int) -> bool:
-    """Whether `evenshard gc` removed, or began to remove, files that only this snapshot named."""
-    return store.exists(collected_path(number))
-
-
-def refuse_collected(store: Store, number: int) -> None:
-    """``NotFoundError`` that says what remains, where snapshot ``number`` was collected."""
-    if is_collected(store, number):
-        raise NotFoundError(_collected(store, number))
-
-
-def _collected(store: Store, number: int) -> str:
-    return (
-        f"snapshot {number} of {store.url} was collected: `evenshard gc` removed files that only it named "
-        f"({collected_path(number)} says when). {_remaining(store)}; `evenshard history {store.url}` tells what each "
-        f"of them is. To have snapshot {number} again, build from the source as it was then; to keep one that is in "
-        f"use, `evenshard pin {store.url} NAME --at N`"
-    )
-
-
-def _remaining(store: Store) -> str:
-    """Which snapshots are whole, oldest first; of storage that lists nothing, only the newest is known to be."""
-    newest = newest_number(store)
-    try:
-        gone = {int(os.path.basename(path)[:8]) for path in store.list(os.path.dirname(collected_path(1)))}
-    except (StoreError, ValueError):
-        return f"The newest one, {newest}, remains"
-    whole = [number for number in range(1, newest + 1) if number not in gone]
-    shown = ", ".join(map(str, whole[-MAX_NAMED:]))
-    older = f"{len(whole) - MAX_NAMED:,} older ones and " if len(whole) > MAX_NAMED else ""
-    return f"What remains is snapshot {older}{shown}" if whole else "None remains"
 
 
 def read_record(store: Store, number: int) -> SnapshotRecord:
@@ -216,7 +167,7 @@ class Snapshot:
     def manifest(self, name: str) -> Manifest:
         """The manifest ``name``, bound to this snapshot."""
         if name not in self.record.manifests:
-            raise UsageError(
+            raise NotFoundError(
                 f"no manifest {name!r} in snapshot {self.number}{nearest(name, self.manifests)}; manifests: "
                 f"{', '.join(self.manifests)}"
             )
@@ -278,7 +229,7 @@ class Snapshot:
         except NotFoundError as error:
             if not is_collected(self.store, self.number):
                 raise
-            raise NotFoundError(f"{_collected(self.store, self.number)}: {error}") from None
+            raise NotFoundError(f"{collected(self.store, self.number)}: {error}") from None
 
 
 def _check_split(split: str) -> None:

@@ -58,13 +58,13 @@ class Store:
         return store
 
     def refuse_foreign(self) -> None:
-        """UsageError if ROOT holds something, but neither a snapshot nor what a killed first build leaves."""
+        """StoreError if ROOT holds something, but neither a snapshot nor what a killed first build leaves."""
         names = set(self._top_names() or ()) - _HARMLESS
         begun = "staging" in names and names <= LAYOUT
         if not names or begun or self.exists(snapshot_path(1)):
             return
         shown = ", ".join(repr(name) for name in sorted(names - LAYOUT or names)[:3])
-        raise UsageError(
+        raise StoreError(
             f"ROOT is not empty and holds no snapshot: {self.url} has {shown}; choose a new or an empty directory"
         )
 
@@ -215,7 +215,7 @@ class Store:
             try:
                 return self._backend.top_names()
             except NotADirectoryError:
-                raise UsageError(f"ROOT is a file, not a directory: {self.url}; choose a directory") from None
+                raise StoreError(f"ROOT is a file, not a directory: {self.url}; choose a directory") from None
 
     @contextmanager
     def explained(self, verb: str, path: str) -> Generator[None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from pipeline.errors import EvenshardError, IntegrityError, NotFoundError
+from pipeline.errors import EvenshardError, IntegrityError, NotFoundError, UsageError
 from pipeline.schema import (
     CLASSES,
     DEPARTED,
@@ -24,7 +24,7 @@ from pipeline.schema import (
     table_path,
     tar_path,
 )
-from pipeline.snapshot import decode_record, newest_number, record_id, refuse_collected
+from pipeline.snapshot import decode_record, newest_number, no_snapshot, record_id, refuse_collected
 from pipeline.store import Store, ipc_to_table
 from pipeline.verify import rows as images
 from pipeline.verify import tables
@@ -86,8 +86,10 @@ def _today() -> int:
 def _number(store: Store, at: int | None) -> int:
     newest = newest_number(store)
     if newest == 0:
-        raise NotFoundError(f"no snapshot in {store.url}; run `evenshard build SOURCE {store.url}`")
-    if at is not None and not 1 <= at <= newest:
+        raise no_snapshot(store)
+    if at is not None and at < 1:
+        raise UsageError(f"snapshots are numbered from 1; there is no snapshot {at}")
+    if at is not None and at > newest:
         raise NotFoundError(f"there is no snapshot {at} in {store.url}; the newest is {newest}")
     if at is not None:
         refuse_collected(store, at)
