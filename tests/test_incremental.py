@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from independent_checker import check_root, newest, table
 from PIL import Image
 from serial_engine import SerialEngine, serial_engine
 
 import pipeline
-from pipeline.errors import CommitError, SourceError, StoreError
+from pipeline.errors import CommitError, IntegrityError, SourceError, StoreError
 from pipeline.ingest.manifests import add_manifest
 from pipeline.plan.policy import parse
 from pipeline.store import Store
@@ -228,6 +229,76 @@ def test_one_image_touches_one_shard(photos: Collection, root: Path, seed: int, 
     assert all(prefix.startswith(top) for _, prefix in changed)
     assert len(changed & before.keys()) == 1 or len(changed & now.keys()) == 1
     assert (summary.num_read, summary.num_new_shards) == (0 if what == "remove" else 1, len(changed & now.keys()))
+
+
+def lose(root: Path, rng: np.random.Generator, count: int) -> list[Path]:
+    """Remove some tars of the newest snapshot."""
+    chosen = rng.permutation(sorted(shards_of(root)))[:count].tolist()
+    gone = [root / "shards" / digest[:2] / f"{digest}.tar" for digest in chosen]
+    for path in gone:
+        path.unlink()
+    return gone
+
+
+def num_samples(root: Path, tars: list[Path]) -> int:
+    rows = table(root, newest(root)["shards"]).to_pylist()
+    return sum(row["num_samples"] for row in rows if row["tar_sha256"] in {path.stem for path in tars})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tars_that_were_lost_come_back_with_the_next_build(photos: Collection, root: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    photos.build(root)
+    photos.add("more.png", "ant")  # so that some shards are no unit's of the last build
+    photos.build(root)
+    before = newest(root)
+    gone = lose(root, rng, int(rng.integers(1, 4)))
+    again = photos.build(root)
+    assert (again.changed, again.num_read) == (False, num_samples(root, gone))
+    assert newest(root) == before
+    assert not verify(root).findings
+    assert [notice for notice in again.notices if f"{len(gone)} tar(s) of snapshot 2 were gone" in notice]
+    assert not [notice for notice in photos.build(root).notices if "were gone" in notice]
+
+
+def test_a_lost_tar_and_a_change_are_one_build(photos: Collection, root: Path, tmp_path: Path) -> None:
+    photos.build(root)
+    spared = tmp_path / "spared"
+    shutil.copytree(root, spared)
+    gone = lose(root, np.random.default_rng(0), 2)
+    photos.add("more.png", "ant")
+    lost = num_samples(root, gone)
+    assert photos.build(root).num_read == lost + 1
+    photos.build(spared)
+    assert newest(root) == newest(spared)
+    assert not verify(root).findings
+
+
+def test_a_lost_tar_whose_images_went_too_is_no_obstacle(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    (gone,) = lose(root, np.random.default_rng(1), 1)
+    prefix = next(row for row in pipeline.open_snapshot(root).shards.to_pylist() if row["tar_sha256"] == gone.stem)
+    index = pa.ipc.open_file(root / "index" / prefix["index_sha256"][:2] / f"{prefix['index_sha256']}.arrow").read_all()
+    for path in index["path"].to_pylist():
+        photos.remove(path)
+    assert photos.build(root).num_read == 0
+    assert set(splits_of(root)) == set(photos.rows)
+
+
+def test_a_tar_that_was_cut_short_stops_the_build_until_it_is_removed(photos: Collection, root: Path) -> None:
+    photos.build(root)
+    with pytest.raises(IntegrityError, match="remove that file and run again"):
+        cut_and_build(photos, root)
+    next(path for path in root.glob("shards/*/*.tar") if path.stat().st_size == 100).unlink()
+    assert not photos.build(root).changed
+    assert not verify(root).findings
+
+
+def cut_and_build(photos: Collection, root: Path) -> None:
+    digest = min(shards_of(root))
+    with open(root / "shards" / digest[:2] / f"{digest}.tar", "r+b") as file:
+        file.truncate(100)
+    photos.build(root)
 
 
 def test_touched_files_are_read_and_nothing_is_published(photos: Collection, root: Path) -> None:

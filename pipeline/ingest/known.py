@@ -1,7 +1,8 @@
 """What need not be read: the fingerprints that the newest snapshot was built from, compared with a new listing.
 
 Comes in: a listing, the newest snapshot, and the notes that its build left in ``runs/sources/``. Goes out: for every
-listed file, where it is in that snapshot - a row, or a reject that stands - or that it must be read. Guarantees: notes
+listed file, where it is in that snapshot - a row, or a reject that stands - or that it must be read, as where the tar
+of that row is lost. Guarantees: notes
 say only which fingerprint a file had; everything else comes from the checked files of the snapshot. Notes that are
 missing, damaged, of another place or of other rules cost reading again, and change nothing else.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pipeline.errors import IntegrityError, StoreError
 from pipeline.ingest.past import Lookup, Past
 from pipeline.ingest.units import Hashing
-from pipeline.schema import REFERENCES, FileRef, Reason
+from pipeline.schema import REFERENCES, FileRef, Reason, tar_path
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store, ipc_to_table, make_ref, table_to_ipc
 
@@ -130,10 +131,24 @@ def nothing_known(num_references: int) -> Known:
     )
 
 
+def lost_tars(store: Store, parent: Snapshot | None) -> frozenset[str]:
+    """Paths of the tars that ``parent`` names and that are gone, or not as long as they were: a listing tells."""
+    if parent is None:
+        return frozenset()
+    there = {entry.path: entry.size for entry in store.entries("shards")}
+    named = zip(*(parent.shards[name].to_pylist() for name in ("tar_sha256", "tar_size")), strict=True)
+    return frozenset(path for digest, size in named if there.get(path := tar_path(digest)) != size)
+
+
 def find_known(
-    references: pa.Table, settings: Mapping[str, Any], notes: Notes | None, past: Past, parent: Snapshot | None
+    references: pa.Table,
+    settings: Mapping[str, Any],
+    notes: Notes | None,
+    past: Past,
+    parent: Snapshot | None,
+    lost: Set[str] = frozenset(),
 ) -> Known:
-    """What the past says of each listed file whose fingerprint is the one in the notes."""
+    """What the past says of each listed file whose fingerprint is the one in the notes, unless its tar was ``lost``."""
     known = nothing_known(references.num_rows)
     if notes is None or parent is None or not _comparable(settings, notes.settings):
         return known
@@ -141,6 +156,9 @@ def find_known(
     same = _unchanged(references, notes.references)
     row = past.find(keys)
     usable = same & (row >= 0)
+    if lost:
+        gone = np.array([tar_path(pack.tar.sha256) in lost for pack in past.packs], np.bool_)
+        usable[usable] = ~gone[past.pack[row[usable]]]
     usable[usable] = _still_accepted(settings, notes.settings, past.num_pixels[row[usable]])
     if "hashed" in settings:
         usable[usable] = past.hashing[row[usable]] != Hashing.UNKNOWN

@@ -26,7 +26,7 @@ from pipeline.errors import CommitError, SourceError
 from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
-from pipeline.ingest.known import Known, Notes, find_known, notes_path, read_notes
+from pipeline.ingest.known import Known, Notes, find_known, lost_tars, notes_path, read_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
@@ -146,6 +146,7 @@ class _Build:
         self._notes = read_notes(store, record_id(parent.record)) if parent else None
         self._settings = _reading_settings(config, listing)
         self._listed = _listing_digest(config, listing)
+        self._lost = lost_tars(store, parent)
         self._is_final = True  # no file was refused for a reason that may pass by itself
         self._opened: set[int] = set()  # tokens of containers that were read
         self._rule = ShardRule(config.shard_samples, config.shard_bytes, config.seed)
@@ -153,7 +154,7 @@ class _Build:
     def unchanged(self) -> _Content | None:
         """What the newest snapshot holds, if its build was shown exactly this listing, under these rules."""
         parent, notes = self._parent, self._notes
-        if parent is None or notes is None or not notes.is_final:
+        if parent is None or notes is None or not notes.is_final or self._lost:
             return None
         if (notes.listing, notes.settings) != (self._listed, self._settings):
             return None
@@ -195,6 +196,7 @@ class _Build:
             num_images=tables.num_images,
             near_duplicates=count_lookalikes(settled.group, settled.alike) if near else None,
             notices=(
+                *_told_of_lost(self._lost, self._parent),
                 *_notices(past, samples, settled, self.listing.class_names),
                 *(_huge_groups(samples, settled, self.listing.class_names, near) if near else ()),
             ),
@@ -231,7 +233,7 @@ class _Build:
     def _read_and_settle(self, work: Work, past: Past) -> tuple[Known, Samples, Settlement, tuple[Pack, ...]]:
         """Until every image that stays is at hand: those that came back are read, which may settle things anew."""
         references = self.listing.references
-        known = find_known(references, self._settings, self._notes, past, self._parent)
+        known = find_known(references, self._settings, self._notes, past, self._parent, self._lost)
         split = self._provisional(known, past)
         while True:
             known = self._read(work, known, split)
@@ -407,6 +409,16 @@ def _huge_groups(samples: Samples, settled: Settlement, class_names: Sequence[st
     stays = settled.split != SPLIT_UNSET
     return huge_groups(
         settled.group[stays], settled.alike[stays], samples.class_id[stays], class_names, max_distance=near
+    )
+
+
+def _told_of_lost(lost: frozenset[str], parent: Snapshot | None) -> tuple[str, ...]:
+    if not lost or parent is None:
+        return ()
+    shown = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
+    return (
+        f"{len(lost)} tar(s) of snapshot {parent.number} were gone ({shown}): what they held was taken anew from the "
+        "source; find out who removes files from ROOT",
     )
 
 
