@@ -10,9 +10,12 @@ exit codes.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import click
@@ -21,6 +24,7 @@ from pipeline.cli.asking import Group
 from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
+from pipeline.cli.nights import nightly
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import painted, safe
 from pipeline.errors import EvenshardError
@@ -42,8 +46,8 @@ def cli() -> None:
 
 
 for _command in (
-    *(build, classes, completion, demo, diff, export, gc, history, manifest, manifests, pin, plan, report, schedule),
-    *(stats, verify),
+    *(build, classes, completion, demo, diff, export, gc, history, manifest, manifests, nightly, pin, plan, report),
+    *(schedule, stats, verify),
 ):
     cli.add_command(_command)
 
@@ -52,7 +56,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run ``command`` and return its exit code; jobs share this with the command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command.main(args=given, prog_name=None if arguments is None else command.name, standalone_mode=False)
+        with _terminable():
+            code = command.main(
+                args=given, prog_name=None if arguments is None else command.name, standalone_mode=False
+            )
+        return code if isinstance(code, int) else 0  # of a command that says how it ended: click returns it
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.Abort:
@@ -74,7 +82,23 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         what = safe(f"{type(error).__name__}: {error}")
         _tell("error", f"{what}\nThis is a fault of evenshard: please report it with what --debug prints.")
         return 1
-    return 0
+
+
+@contextmanager
+def _terminable() -> Generator[None]:
+    """SIGTERM is Ctrl-C: schedulers end a job so, and what it holds is to be given back."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(word: str, message: str) -> None:

@@ -22,8 +22,8 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _SHOWN = 20
 
 
-def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """``7d``, ``12h``, ``30m``, ``90s`` in seconds."""
+def duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """An option's ``7d``, ``12h``, ``30m``, ``90s`` in seconds."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value)
@@ -197,7 +197,7 @@ def pin(root: str, name: str | None, at: int | None, remove: bool, as_json: bool
 @click.option("--delete", is_flag=True, help="Remove the files; without it, they are only listed.")
 @click.option(
     "--grace",
-    callback=_duration,
+    callback=duration,
     metavar="TIME",
     help="Leave younger files alone (default: 7d). Builds count on it: shorter only while none runs.",
 )

@@ -1,0 +1,14 @@
+"""``python -m jobs.nightly SOURCE ROOT [options]``: a night, for `ray job submit` and schedulers.
+
+The options are those of ``evenshard nightly``; exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import run
+from pipeline.cli.nights import nightly
+
+if __name__ == "__main__":
+    sys.exit(run(nightly))
