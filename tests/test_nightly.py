@@ -185,6 +185,15 @@ def test_a_wrong_call_alone_is_exit_code_2(source: Path, root: Path, monkeypatch
     assert not (source / "runs").exists()
 
 
+def test_the_exit_code_is_2_only_if_nothing_else_went_wrong() -> None:
+    for errors, code in (((UsageError(), UsageError()), 2), ((StoreError(), UsageError()), 1)):
+        for order in (errors, errors[::-1]):
+            found = Night(root="", source="")
+            for error in order:
+                found.failed("build", error)
+            assert found.exit_code == code
+
+
 # -- one at a time
 
 
@@ -199,6 +208,15 @@ def test_a_second_night_is_refused_and_does_nothing(source: Path, root: Path, mo
         assert f"is under way: process {os.getpid()} on " in found.errors[0]["message"]
         assert {path: path.stat().st_mtime_ns for path in root.rglob("*.json")} == before
     assert find_holder(Store(str(root))) is None
+
+
+def test_of_two_that_see_the_same_past_one_gets_the_turn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(root))
+    monkeypatch.setattr(turns, "_newest", lambda _: 1)
+    first, second = take_turn(store), take_turn(store)
+    assert isinstance(first, Turn)
+    assert isinstance(second, Holder)
+    assert (second.number, second.worker.process) == (2, os.getpid())
 
 
 def test_a_turn_lapses_when_its_owner_is_silent(source: Path, root: Path) -> None:
@@ -241,8 +259,10 @@ def test_a_turn_that_is_held_gives_signs_of_life(root: Path, monkeypatch: pytest
     with held:
         silent(path, 1000)
         before_s = path.stat().st_mtime
-        while path.stat().st_mtime == before_s:
+        waited = 0
+        while path.stat().st_mtime == before_s and (waited := waited + 1) < 1000:
             time.sleep(0.01)
+        assert path.stat().st_mtime > before_s
     assert find_holder(Store(str(root))) is None
 
 
