@@ -47,8 +47,8 @@ def run_nightly(
 ) -> Night:
     """Build the next snapshot, prove it (a share ``sample`` of the images), write its page, collect all but ``keep``.
 
-    What goes wrong is in the ``Night``. Only what makes it impossible to begin is raised: ``UsageError`` for a ROOT
-    that holds something else, ``StoreError`` for one that cannot be written.
+    What goes wrong is in the ``Night``. Only what makes it impossible to begin is raised: ``StoreError`` for a ROOT
+    that holds something else or cannot be written.
     """
     notify = progress or (lambda stage, done, total: None)
     store = Store.open(config.root, create=True)
