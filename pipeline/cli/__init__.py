@@ -9,6 +9,7 @@ exit codes.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -26,8 +27,9 @@ from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
 from pipeline.cli.nights import nightly
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
+from pipeline.cli.show import name as one_line
 from pipeline.cli.show import painted, safe
-from pipeline.errors import EvenshardError
+from pipeline.errors import EngineError, EvenshardError
 from pipeline.store import spare_pandas
 
 INTERRUPTED = 130
@@ -67,7 +69,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         _tell("stopped", "nothing was published; what a build or an export finished is kept, run it again to go on")
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(safe(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except BrokenPipeError:
         # The reader (head, less) closed; point stdout elsewhere so that the interpreter's last flush is quiet.
@@ -77,7 +81,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given or os.environ.get("EVENSHARD_TRACEBACK"):
             traceback.print_exc()
         if isinstance(error, EvenshardError):
-            _tell("error", safe(str(error)))
+            # A name with a line break must not make up a line of its own; what Ray says has lines of its own.
+            _tell("error", safe(str(error)) if isinstance(error, EngineError) else one_line(str(error)))
             return error.exit_code
         what = safe(f"{type(error).__name__}: {error}")
         _tell("error", f"{what}\nThis is a fault of evenshard: please report it with what --debug prints.")

@@ -157,7 +157,7 @@ def stats(
     told = describe(counts)
     if as_json:
         body = {"snapshot": snapshot.number, "split": split, "summary": _plain(told), "classes": rows}
-        click.echo(json.dumps({**body, "train": _plain(describe(train))}, indent=1, ensure_ascii=False))
+        click.echo(json.dumps({**body, "train": _plain(describe(train))}, indent=1))
     elif as_csv:
         click.echo(listing.csv_text(list(rows[0]) if rows else [], (tuple(row.values()) for row in rows)))
     else:

@@ -106,7 +106,7 @@ def diff(root: str, before: int | None, after: int | None, named: int | None, qu
     num_named = named if as_json or named is not None else 20
     with Reporter(quiet=quiet) as progress:
         found = diff(root, before, after, num_named=num_named, progress=progress)
-    click.echo(json.dumps(found.to_json(), indent=1, sort_keys=True, ensure_ascii=False) if as_json else _diff(found))
+    click.echo(json.dumps(found.to_json(), indent=1, sort_keys=True) if as_json else _diff(found))
     if not found.is_lawful:
         raise IntegrityError(
             f"from snapshot {found.before} to {found.after} of {root}, {found.counts['moved']:,} images moved between "
