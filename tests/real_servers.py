@@ -1,4 +1,4 @@
-"""Servers that others wrote, as processes on loopback, for tests of remote roots: nginx, and moto's S3."""
+"""Servers that others wrote, as processes on loopback, for tests of remote roots: nginx, moto's S3 (`s3_server.py`)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def s3(root: str | os.PathLike[str]) -> Iterator[str]:
             environment.setenv(name, "testing")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(port)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
             try:
                 wait_for(lambda: is_listening(port))
