@@ -13,6 +13,7 @@ from typing import Any
 
 import crew_tasks
 import pytest
+from deploy_checks import RAY_METRICS
 
 from pipeline import build
 from pipeline.ingest.engine import UNIT_MEMORY_BYTES, RayEngine
@@ -101,16 +102,20 @@ def test_units_spread_over_the_nodes() -> None:
     assert options["scheduling_strategy"] == "SPREAD"
 
 
-def scraped() -> dict[str, float]:
-    """Sum of each exported series over its labels but for stage and reason, from Ray's agent on this node."""
+def exported_by_ray() -> str:
+    """What Prometheus gets from Ray's agent on this node."""
     import ray
 
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+        return answer.read().decode()
+
+
+def scraped() -> dict[str, float]:
+    """Sum of each exported series of ours over its labels but for the reason."""
     totals: Counter[str] = Counter()
-    for line in lines:
+    for line in exported_by_ray().splitlines():
         if match := re.fullmatch(r"(ray_evenshard_\w+)\{(.*)\} (\S+)", line):
             reason = re.search(r'reason="([^"]*)"', match[2])
             totals[match[1] + (f":{reason[1]}" if reason else "")] += float(match[3])
@@ -134,3 +139,13 @@ def test_a_build_on_ray_is_seen_by_prometheus(tiny_images: Path, tmp_path: Path)
     assert wanted <= seen.keys()
     assert seen["ray_evenshard_images_total"] >= 62
     assert {name.partition(":")[0] for name in seen} == {name for metric in METRICS for name in metric.exported}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_exports_what_the_dashboard_and_the_alerts_ask_it_for() -> None:
+    names: set[str] = set()
+    deadline = time.monotonic() + 60
+    while not names >= RAY_METRICS and time.monotonic() < deadline:
+        time.sleep(0.5)
+        names = set(re.findall(r"^(\w+)\{", exported_by_ray(), re.MULTILINE))
+    assert names >= RAY_METRICS

@@ -55,6 +55,7 @@ def test_systemd_accepts_the_units(units: Path) -> None:
         (TIMER, "Persistent=yes", "Persistant=yes", "Persistant"),
         (TIMER, "OnCalendar=", "OnCalender=", "OnCalender"),
     ],
+    ids=["type", "protect", "time", "filter", "program", "hour", "persistent", "calendar"],
 )
 def test_systemd_refuses_a_broken_copy(units: Path, name: str, old: str, new: str, message: str) -> None:
     text = (units / name).read_text()
@@ -84,13 +85,14 @@ mount -t tmpfs tmpfs /run
 mount -t proc proc /proc
 mkdir -p /run/systemd/system /srv/share/systemd/timers
 mkdir -m 700 /run/manager
-export XDG_RUNTIME_DIR=/run/manager XDG_DATA_HOME=/srv/share SYSTEMD_UNIT_PATH=/srv/units HOME=/srv/home
+export XDG_RUNTIME_DIR=/run/manager XDG_DATA_HOME=/srv/share HOME=/srv/home
+export XDG_CONFIG_HOME=/srv/state XDG_STATE_HOME=/srv/state SYSTEMD_UNIT_PATH=/srv/units
 touch -d '2 days ago' /srv/share/systemd/timers/stamp-evenshard-nightly.timer
 /lib/systemd/systemd --user 2> /srv/manager.log &
 until systemctl --user list-units > /srv/ready.log 2>&1; do sleep 0.1; done
 systemctl --user start evenshard-nightly.timer
 told() { systemctl --user show evenshard-nightly.service --property "$1" --value; }
-until [ "$(told ExecMainExitTimestampMonotonic)" -gt 0 ]; do sleep 0.1; done
+for _ in $(seq 600); do [ "$(told ExecMainExitTimestampMonotonic)" -gt 0 ] && break; sleep 0.1; done
 echo "timer $(told Result) $(told ExecMainStatus)" >> /srv/results
 mv /srv/photos /srv/gone
 systemctl --user start evenshard-nightly.service || true
@@ -100,12 +102,16 @@ systemctl --user start evenshard-nightly.service || true
 echo "again $(told Result) $(told ExecMainStatus)" >> /srv/results
 """
 
-PLACES = {"/opt/evenshard/bin/python": sys.executable, "/etc/evenshard": "/srv/etc", "/var/lib/evenshard": "/srv/lib"}
+PLACES = {
+    "/opt/evenshard/bin/python": sys.executable,
+    "/etc/evenshard": "/srv/etc",
+    "/var/lib/evenshard": "/srv/state/evenshard",
+}
 
 
 def prepare(place: Path, images: Path) -> None:
     """Everything that the units name, below one directory that is /srv inside."""
-    for name in ("units", "etc", "lib", "home"):
+    for name in ("units", "etc", "state", "home"):
         (place / name).mkdir()
     shutil.copytree(images, place / "photos")
     for name in (SERVICE, TIMER):
@@ -114,8 +120,10 @@ def prepare(place: Path, images: Path) -> None:
             text = text.replace(old, new)
         (place / "units" / name).write_text(text)
     for unit, lines in {
-        # A user manager cannot become another user; and the interpreter of these tests may lie in somebody's home.
-        SERVICE: "[Service]\nUser=\nProtectHome=no\nStateDirectory=\nCacheDirectory=\n",
+        # A user manager cannot become another user; the interpreter of these tests may lie in somebody's home; and in a
+        # container there may be no /proc/kmsg and no /proc/sys to hide.
+        SERVICE: "[Service]\nUser=\nProtectHome=no\n"
+        "ProtectKernelLogs=no\nProtectKernelTunables=no\nStandardOutput=append:/srv/night.log\nStandardError=inherit\n",
         TIMER: "[Timer]\nRandomizedDelaySec=0\n",
     }.items():
         (place / "units" / f"{unit}.d").mkdir()
@@ -124,7 +132,9 @@ def prepare(place: Path, images: Path) -> None:
         (place / "units" / f"{target}.target").write_text("[Unit]\nDescription=of this test\n")
     build = (DEPLOY / "build.yaml").read_text()
     build = re.sub("^source: .*", "source: /srv/photos", build, flags=re.MULTILINE)
-    (place / "etc" / "build.yaml").write_text(re.sub("^root: .*", "root: /srv/lib/root", build, flags=re.MULTILINE))
+    (place / "etc" / "build.yaml").write_text(
+        re.sub("^root: .*", "root: /srv/state/evenshard/root", build, flags=re.MULTILINE)
+    )
 
 
 def may_have_namespaces() -> bool:
@@ -141,12 +151,17 @@ def test_the_timer_makes_up_for_a_night_that_was_missed(tiny_images: Path, tmp_p
     done = subprocess.run(
         inside, env={"PATH": os.environ["PATH"], "PLACE": str(tmp_path)}, capture_output=True, text=True, timeout=240
     )
-    results = tmp_path / "results"
-    told = results.read_text().splitlines() if results.exists() else []
-    assert told == ["timer success 0", "failing exit-code 1", "again success 0"], (
-        done.stderr + (tmp_path / "manager.log").read_text()[-2000:]
-    )
-    nights = [json.loads(path.read_text()) for path in sorted((tmp_path / "lib/root/runs/nightly").glob("*.json"))]
+    logs = {
+        name: (tmp_path / name).read_text()
+        for name in ("results", "night.log", "manager.log")
+        if (tmp_path / name).exists()
+    }
+    told = logs.get("results", "").splitlines()
+    assert told == ["timer success 0", "failing exit-code 1", "again success 0"], (done.stderr, logs)
+    assert json.loads(logs["night.log"].splitlines()[-1])["outcome"] == "done"
+    nights = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "state/evenshard/root/runs/nightly").glob("*.json"))
+    ]
     read = [night["summary"].get("read", {}).get("images") for night in nights]
     assert (read[0], read[-1]) == (61, 0)
-    assert [path.name for path in (tmp_path / "lib/root/snapshots").iterdir()] == ["00000001.json"]
+    assert [path.name for path in (tmp_path / "state/evenshard/root/snapshots").iterdir()] == ["00000001.json"]
