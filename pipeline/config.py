@@ -25,8 +25,8 @@ from pipeline.images import HARD_MAX_PIXELS, Inspection, Limits
 
 MAX_FILE_BYTES = 1 << 20
 
-GUARDRAILS = ("class-map", "class-vanished", "rejects", "shrink")
-"""What `allow` may waive: refusals of a commit (DESIGN.md, section 6)."""
+GUARDRAILS = ("class-map", "class-vanished", "open-cluster", "rejects", "shrink")
+"""What `allow` may waive: refusals of a commit (DESIGN.md, section 6), and of a cluster that asks for no token."""
 
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 

@@ -78,7 +78,9 @@ def build_options(command: _Command) -> _Command:
             "--manifest", "manifests", multiple=True, callback=_policy_pair, metavar="NAME=POLICY",
             help="A manifest beside the four defaults, for example sqrt=power:alpha=0.5.",
         ),
-        click.option("--allow", multiple=True, metavar="NAME", help="class-map, class-vanished, rejects or shrink."),
+        click.option(
+            "--allow", multiple=True, metavar="NAME", help="class-map, class-vanished, open-cluster, rejects, shrink."
+        ),
         click.option("--workers", type=int, metavar="N", help="CPUs to use (default: all)."),
         click.option("--address", metavar="ADDRESS", help="Ray cluster, local, or none (default: $RAY_ADDRESS)."),
         click.option("--quiet", is_flag=True, help="No progress."),
@@ -229,11 +231,14 @@ def _print_rejects(rows: Any, as_csv: bool, as_json: bool) -> None:
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="CPUs to use (default: all).")
 @click.option("--address", metavar="ADDRESS", help="Ray cluster, local, or none (default: $RAY_ADDRESS).")
+@click.option(
+    "--allow", multiple=True, type=click.Choice(["open-cluster"]), help="A cluster that answers without a token."
+)
 @QUIET
 @JSON
 def export(
     root: str, manifest_name: str, dest: str, at: int | None, seed: int, epoch: int, shard_samples: int,
-    workers: int | None, address: str | None, quiet: bool, as_json: bool,
+    workers: int | None, address: str | None, allow: tuple[str, ...], quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write one epoch of MANIFEST to DEST as resampled WebDataset tars, repeats included."""
     from pipeline.export import export_cost, export_tars, plan_export
@@ -249,7 +254,9 @@ def export(
         err=as_json,  # it is said before the disk is filled, and is no part of the answer
     )
     with Reporter(quiet=quiet) as progress:
-        done = export_tars(opened, dest, plan, workers=workers, address=address, progress=progress)
+        done = export_tars(
+            opened, dest, plan, workers=workers, address=address, allow_open=bool(allow), progress=progress
+        )
     if as_json:
         body = {"snapshot": plan.snapshot, "manifest": plan.manifest, "seed": seed, "epoch": epoch}
         body |= {"cost": asdict(cost), **asdict(done)}

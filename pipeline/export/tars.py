@@ -108,6 +108,7 @@ def export_tars(
     *,
     workers: int | None = None,
     address: str | None = None,
+    allow_open: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExportSummary:
     """Write ``plan`` below ``dest`` one unit of work per shard.
@@ -121,7 +122,7 @@ def export_tars(
     done = plan.num_draws - sum(stop - start for start, stop in map(plan.bounds, missing))
     if missing:
         units = ((names[shard], (plan, shard, store.root)) for shard in missing)
-        with open_engine(address=address, workers=workers) as engine:
+        with open_engine(address=address, workers=workers, allow_open=allow_open) as engine:
             for count in engine.map(write_shard, units, "export"):
                 done += count
                 notify("export", done, plan.num_draws)

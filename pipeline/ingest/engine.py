@@ -15,7 +15,9 @@ from typing import Any
 
 from pipeline.errors import EngineError, MissingExtraError
 from pipeline.ingest.crew import Ended, Event, Failed, Item, Lost, Task, UnitFunction, run_units, work
+from pipeline.ingest.exposure import refuse_dashboard, refuse_open
 from pipeline.ingest.meters import Metric
+from pipeline.store import redact
 
 # `uv run` would otherwise make Ray package and upload the working directory for every driver.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -49,9 +51,10 @@ def is_running() -> bool:
 class RayEngine:
     """A connection to a Ray cluster, or a private local Ray for the time of a ``with`` block."""
 
-    def __init__(self, *, address: str | None = None, workers: int | None = None) -> None:
+    def __init__(self, *, address: str | None = None, workers: int | None = None, allow_open: bool = False) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._workers = workers
+        self._allow_open = allow_open
         self._owns_ray = False
 
     def __enter__(self) -> RayEngine:
@@ -66,22 +69,38 @@ class RayEngine:
                 "include_dashboard": False,
                 "object_store_memory": 128 << 20,  # units return facts, never bytes
             }
+            self._connect(options)
         else:
-            options["address"] = self._address
-        self._connect(options)
+            self._join(self._address, options | {"address": self._address})
         self._owns_ray = True
         return self
 
-    def _connect(self, options: dict[str, Any]) -> None:
+    def _join(self, address: str, options: dict[str, Any]) -> None:
+        """Connect to a cluster of others, if it asks for a token or is allowed not to."""
+        if not self._allow_open:
+            refuse_open(address)
+        refuse_dashboard(address)
+        dashboard = self._connect(options)
+        if not self._allow_open:
+            try:
+                refuse_open(ray.get_runtime_context().gcs_address)  # that of 'auto' is known only now
+                if dashboard:
+                    refuse_open(f"http://{dashboard}")  # TLS, if it is on, does not protect it
+            except EngineError:
+                ray.shutdown()
+                raise
+
+    def _connect(self, options: dict[str, Any]) -> str:
+        """Returns HOST:PORT of the dashboard, '' if there is none."""
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
-                ray.init(**options)
-                return
+                return ray.init(**options).dashboard_url or ""
             except Exception as error:  # Ray raises bare Exceptions here
                 ray.shutdown()
                 if attempt == START_ATTEMPTS or _BUSY not in str(error):
-                    where = self._address or "a local Ray"
-                    raise EngineError(f"could not start or reach {where}: {error}") from error
+                    where = redact(self._address or "a local Ray")
+                    raise EngineError(f"could not start or reach {where}: {redact(str(error))}") from error
+        raise AssertionError("the last attempt returns or raises")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

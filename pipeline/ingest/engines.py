@@ -41,19 +41,22 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(*, address: str | None, workers: int | None) -> AbstractContextManager[Engine]:
+def open_engine(
+    *, address: str | None, workers: int | None, allow_open: bool = False
+) -> AbstractContextManager[Engine]:
     """The engine to work with.
 
     ``address``: 'none' for processes of this machine, 'local' for a private Ray, or a cluster's; by default what
     $RAY_ADDRESS says (as it does within a Ray job), else a Ray that this process is connected to, else processes: on
-    one machine a private Ray does nothing that they do not, and takes seconds to start.
+    one machine a private Ray does nothing that they do not, and takes seconds to start. ``allow_open``: also a cluster
+    that answers without a token from elsewhere, which is refused otherwise (`ingest.exposure`).
     """
     chosen = _chosen(address)
     if chosen == NO_RAY:
         return Pool(workers=workers)
     from pipeline.ingest.engine import RayEngine
 
-    return RayEngine(address=chosen, workers=workers)
+    return RayEngine(address=chosen, workers=workers, allow_open=allow_open)
 
 
 def start_s(address: str | None) -> float:

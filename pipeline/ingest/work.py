@@ -18,6 +18,7 @@ from pipeline.config import BuildConfig
 from pipeline.ingest.commit import GRACE_S
 from pipeline.ingest.containers import ContainerUnit
 from pipeline.ingest.engines import Engine, open_engine, start_s
+from pipeline.ingest.exposure import OPEN_CLUSTER
 from pipeline.ingest.meters import BYTES, IMAGES, REJECTS
 from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitRecord, find_unit_record
 from pipeline.snapshot import Snapshot
@@ -110,7 +111,9 @@ class Work:
         if self._started is None:
             self._notify("start", 0, 0)
             config = self._config
-            opened = open_engine(address=config.address, workers=config.workers)
+            opened = open_engine(
+                address=config.address, workers=config.workers, allow_open=OPEN_CLUSTER in config.allow
+            )
             self._started = self._open.enter_context(opened)
         return self._started
 
