@@ -1,6 +1,7 @@
-"""Policies by their formulas alone, class by class, in fractions and decimals: what tests hold the real ones against.
+"""Policies by their formulas alone, in fractions and decimals: what tests hold the real ones against.
 
-Nothing here is shared with pipeline.plan: no grouping, no fill by rounds, no integers in units of 1e-24.
+Nothing here is shared with pipeline.plan: no fill by rounds, no integers in units of 1e-24. A formula is worked out
+once for each number of images, and rounded class by class.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from decimal import Context, Decimal
 from fractions import Fraction
 
 EXACT = Context(prec=80)
-Wish = list[Fraction]
+BySize = dict[int, Fraction]
+"""What a formula says of a class with so many images."""
+Bounds = dict[int, Fraction | None]
 
 
 def to_fraction(value: Decimal) -> Fraction:
@@ -38,17 +41,19 @@ def repeat_factor(n: int, total: int, threshold: str) -> Fraction:
     return n * max(Fraction(1), to_fraction(root))
 
 
-def scaled(weight: Wish, total: int, low: Sequence[Fraction], high: Sequence[Fraction | None]) -> Wish:
+def scaled(many: Counter[int], weight: BySize, total: int, low: BySize, high: Bounds) -> BySize:
     """x = clip(s * weight, low, high) whose sum is ``total``, or every high: by walking the corners of that sum."""
-    alike = Counter(kind for kind in zip(weight, low, high, strict=True) if kind[0])
-    corners = sorted({bound / w for w, *bounds in alike for bound in bounds if bound is not None} | {Fraction(0)})
+    sizes = [n for n in many if weight[n]]
+    corners = sorted(
+        {bound / weight[n] for n in sizes for bound in (low[n], high[n]) if bound is not None} | {Fraction(0)}
+    )
 
-    def value(s: Fraction, w: Fraction, lo: Fraction, hi: Fraction | None) -> Fraction:
-        x = max(s * w, lo)
-        return x if hi is None else min(x, hi)
+    def value(s: Fraction, n: int) -> Fraction:
+        x, top = max(s * weight[n], low[n]), high[n]
+        return x if top is None else min(x, top)
 
     def total_at(s: Fraction) -> Fraction:
-        return sum((many * value(s, *kind) for kind, many in alike.items()), Fraction(0))
+        return sum((many[n] * value(s, n) for n in sizes), Fraction(0))
 
     first, last = 0, len(corners)
     while first < last:  # the first corner at which the sum is enough
@@ -58,27 +63,30 @@ def scaled(weight: Wish, total: int, low: Sequence[Fraction], high: Sequence[Fra
         scale = corners[0]
     else:
         scale = left = corners[first - 1]
-        moving = sum(m * w for (w, lo, hi), m in alike.items() if left * w >= lo and (hi is None or left * w < hi))
+        moving = sum(many[n] * weight[n] for n in sizes if _moves(left * weight[n], low[n], high[n]))
         scale += (total - total_at(left)) / moving if moving else 0
-    found = {kind: value(scale, *kind) for kind in alike}
-    return [found.get(kind, Fraction(0)) for kind in zip(weight, low, high, strict=True)]
+    return {n: value(scale, n) if weight[n] else Fraction(0) for n in many}
 
 
-def capped(wish: Wish, counts: Sequence[int], max_repeat: Fraction | None) -> Wish:
+def _moves(x: Fraction, low: Fraction, high: Fraction | None) -> bool:
+    return x >= low and (high is None or x < high)
+
+
+def capped(wish: BySize, max_repeat: Fraction | None) -> BySize:
     if max_repeat is None:
         return wish
-    return [min(value, Fraction(int(max_repeat * n))) for value, n in zip(wish, counts, strict=True)]
+    return {n: min(value, Fraction(int(max_repeat * n))) for n, value in wish.items()}
 
 
-def rounded(ideal: Wish) -> list[int]:
+def rounded(counts: Sequence[int], many: Counter[int], ideal: BySize) -> list[int]:
     """Largest remainder: whole parts, then one more for the largest rests, ties to the smaller class id."""
-    alike = Counter(ideal)
-    whole = {value: int(value) for value in alike}
-    rests = sorted({value - whole[value] for value in alike}, reverse=True)
-    place = {value: rests.index(value - whole[value]) for value in alike}
-    left = round(sum(many * value for value, many in alike.items())) - sum(many * whole[v] for v, many in alike.items())
-    first = set(sorted(range(len(ideal)), key=lambda i: (place[ideal[i]], i))[:left])
-    return [whole[value] + (i in first) for i, value in enumerate(ideal)]
+    whole = {n: int(value) for n, value in ideal.items()}
+    rest = {n: ideal[n] - whole[n] for n in ideal}
+    place = {value: i for i, value in enumerate(sorted(set(rest.values()), reverse=True))}
+    turn = {n: place[rest[n]] for n in rest}
+    left = round(sum((many[n] * rest[n] for n in many), Fraction(0)))
+    first = set(sorted(range(len(counts)), key=lambda i: (turn[counts[i]], i))[:left])
+    return [whole[n] + (i in first) for i, n in enumerate(counts)]
 
 
 def targets(
@@ -90,16 +98,15 @@ def targets(
     max_repeat: str | None = None,
 ) -> list[int]:
     """Without a total, what is wished, capped; with one, wishes scaled to it between bounds and caps; rounded."""
-    memo = {n: weigh(n) if n else Fraction(0) for n in set(counts)}
-    wish, repeat = [memo[n] for n in counts], None if max_repeat is None else Fraction(max_repeat)
+    many = Counter(counts)
+    wish = {n: weigh(n) if n else Fraction(0) for n in many}
+    repeat = None if max_repeat is None else Fraction(max_repeat)
     if total is None:
-        return rounded(capped(wish, counts, repeat))
-    high: list[Fraction | None] = [None if bounds[1] is None else Fraction(bounds[1])] * len(counts)
+        return rounded(counts, many, capped(wish, repeat))
+    high: Bounds = {n: None if bounds[1] is None else Fraction(bounds[1]) for n in many}
     if repeat is not None:
-        high = [
-            Fraction(int(repeat * n)) if top is None else min(top, Fraction(int(repeat * n)))
-            for n, top in zip(counts, high, strict=True)
-        ]
-    low = [Fraction(bounds[0]) if top is None else min(Fraction(bounds[0]), top) for top in high]
-    least = sum(low[i] for i, n in enumerate(counts) if n)
-    return rounded(scaled(wish, max(total, int(least)), low, high))
+        caps = {n: Fraction(int(repeat * n)) for n in many}
+        high = {n: caps[n] if top is None else min(top, caps[n]) for n, top in high.items()}
+    low = {n: Fraction(bounds[0]) if top is None else min(Fraction(bounds[0]), top) for n, top in high.items()}
+    least = sum(many[n] * low[n] for n in many if n)
+    return rounded(counts, many, scaled(many, wish, max(total, int(least)), low, high))

@@ -35,7 +35,7 @@ from pipeline.store import spare_pandas
 INTERRUPTED = 130
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("evenshard"), prog_name="evenshard")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the tracebacks of errors.")
 def cli() -> None:
