@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.errors import ConfigError, NotFoundError
 from pipeline.images import HARD_MAX_PIXELS, Inspection, Limits
+from pipeline.store.messages import redact
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -264,7 +265,7 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         values: object = _Loader(data.decode("utf-8-sig")).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"build file {where!r} is not plain YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"build file {where!r} is not plain YAML: {_yaml_problem(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -272,10 +273,18 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     return dict(values)
 
 
+def _yaml_problem(error: Exception) -> str:
+    """What and where, without the excerpt that YAML shows: it may be the half of a URL that holds a signature."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {redact(error.problem or error.context or '')}"
+    return redact(" ".join(str(error).split()))
+
+
 def _check_keys(values: Mapping[str, Any], where: str) -> None:
     unknown = [f"{name!r}{_nearest(name, KEYS)}" for name in values if name not in KEYS]
     if unknown:
-        raise ConfigError(f"{where}: unknown key {'; '.join(unknown)}. Valid keys: {', '.join(KEYS)}")
+        raise ConfigError(f"{where}: unknown key {redact('; '.join(unknown))}. Valid keys: {', '.join(KEYS)}")
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
@@ -290,14 +299,14 @@ def _validated(values: Mapping[str, Any], where: str) -> BuildConfig:
     try:
         return BuildConfig(**values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from error
+        raise ConfigError(f"{where}: " + "; ".join(_problem(item) for item in error.errors())) from None
 
 
 def _problem(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not item["loc"]:  # two fields that contradict each other
         return message
-    found = repr(item["input"])
+    found = redact(repr(item["input"]))
     return f"{item['loc'][0]} = {found if len(found) <= 200 else found[:200] + '...'}: {message}"
 
 

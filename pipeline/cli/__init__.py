@@ -29,8 +29,9 @@ from pipeline.cli.nights import nightly
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import name as one_line
 from pipeline.cli.show import painted, safe
-from pipeline.errors import EngineError, EvenshardError
-from pipeline.store import spare_pandas
+from pipeline.errors import EngineError, EvenshardError, UsageError
+from pipeline.ingest.whoami import ray_job
+from pipeline.store import redact, spare_pandas
 
 INTERRUPTED = 130
 
@@ -58,6 +59,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run ``command`` and return its exit code; jobs share this with the command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        _refuse_credentials(given)
         with _terminable():
             code = command.main(
                 args=given, prog_name=None if arguments is None else command.name, standalone_mode=False
@@ -71,7 +73,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        click.echo(safe(shown.getvalue()), err=True, nl=False)
+        click.echo(redact(safe(shown.getvalue())), err=True, nl=False)
         return error.exit_code
     except BrokenPipeError:
         # The reader (head, less) closed; point stdout elsewhere so that the interpreter's last flush is quiet.
@@ -79,7 +81,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if "--debug" in given or os.environ.get("EVENSHARD_TRACEBACK"):
-            traceback.print_exc()
+            click.echo(redact(traceback.format_exc()), err=True, nl=False)
         if isinstance(error, EvenshardError):
             # A name with a line break must not make up a line of its own; what Ray says has lines of its own.
             _tell("error", safe(str(error)) if isinstance(error, EngineError) else one_line(str(error)))
@@ -87,6 +89,17 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         what = safe(f"{type(error).__name__}: {error}")
         _tell("error", f"{what}\nThis is a fault of evenshard: please report it with what --debug prints.")
         return 1
+
+
+def _refuse_credentials(given: Sequence[str]) -> None:
+    """Ray lists the command line of a job to whoever may list jobs, and writes it to its logs."""
+    shown = [redact(word) for word in given if redact(word) != word]
+    if shown and ray_job():
+        raise UsageError(
+            f"the command line of this Ray job holds credentials ({', '.join(shown)} and what was cut off there), and "
+            "Ray shows it to all who can list jobs. Renew them; then name the place in a build file (--config FILE), "
+            "or let the nodes have the permission (an instance role, a mounted profile)"
+        )
 
 
 @contextmanager
@@ -107,7 +120,7 @@ def _terminable() -> Generator[None]:
 
 
 def _tell(word: str, message: str) -> None:
-    click.echo(f"{painted(f'{word}:', 'red', sys.stderr)} {message}", err=True)
+    click.echo(f"{painted(f'{word}:', 'red', sys.stderr)} {redact(message)}", err=True)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import click
 from pipeline.cli import listing, show
 from pipeline.cli.asking import AT, JSON, QUIET, command, manifest_names, one_of
 from pipeline.cli.progress import Reporter
+from pipeline.store import redact
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,7 +122,7 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
     if as_json:
         click.echo(json.dumps({**_plain(summary), "report": page}, sort_keys=True))
         return
-    click.echo(show.build_summary(summary, config.root))
+    click.echo(show.build_summary(summary, redact(config.root)))
     if page:
         click.echo(f"page       {show.safe(page)}")
 
@@ -265,7 +266,7 @@ def export(
     reused = f", {done.num_reused:,} of them were there before" if done.num_reused else ""
     num_tars = show.counted(done.num_shards, "tar")
     click.echo(f"wrote {done.num_draws:,} draws to {num_tars} in {show.safe(done.dest)}{reused}")
-    click.echo(f"read them with: webdataset.WebDataset({f'{dest}/{done.pattern}'!r}, shardshuffle=False)")
+    click.echo(f"read them with: webdataset.WebDataset({f'{redact(dest)}/{done.pattern}'!r}, shardshuffle=False)")
 
 
 @command(examples=("demo", "demo DIR --quick"))

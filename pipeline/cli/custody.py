@@ -12,6 +12,7 @@ import click
 from pipeline.cli import show
 from pipeline.cli.asking import AT, JSON, QUIET, command
 from pipeline.cli.progress import Reporter
+from pipeline.store import redact
 
 if TYPE_CHECKING:
     from pipeline.ingest.collect import Collection
@@ -187,7 +188,7 @@ def pin(root: str, name: str | None, at: int | None, remove: bool, as_json: bool
         text = f"removed pin {name}: snapshot {pins[0].snapshot} goes when no longer among those that gc keeps"
     else:
         pins = (pin(root, name, at),)
-        text = f"snapshot {pins[0].snapshot} of {show.safe(root)} is kept as {name}"
+        text = f"snapshot {pins[0].snapshot} of {show.safe(redact(root))} is kept as {name}"
     click.echo(json.dumps([asdict(one) for one in pins], indent=1, sort_keys=True) if as_json else text)
 
 
@@ -214,7 +215,9 @@ def gc(root: str, keep: int, delete: bool, grace: float | None, quiet: bool, as_
 
     with Reporter(quiet=quiet) as progress:
         done = collect(root, keep, grace_s=GRACE_S if grace is None else grace, delete=delete, progress=progress)
-    again = f"evenshard gc {show.safe(root)} --keep {keep}" + (f" --grace {grace:g}s" if grace is not None else "")
+    again = f"evenshard gc {show.safe(redact(root))} --keep {keep}" + (
+        f" --grace {grace:g}s" if grace is not None else ""
+    )
     click.echo(json.dumps(done.to_json(), indent=1, sort_keys=True) if as_json else _collection(done, again))
 
 

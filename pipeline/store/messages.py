@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 RESTORE = "restore the file from a copy, or build into an empty ROOT"
@@ -20,6 +21,10 @@ _ADVICE = {
     errno.EIO: "the device failed: check the disk, then restore from a copy",
 }
 
+_NAMES = (
+    r"\w*(?:secret|session_?token|security_?token|auth_?token|sas_?token|password|account_?key|signature)|token|sig"
+)
+
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<=://)[^/\s'\"]*@"), ""),  # user:password@
     (re.compile(r"(?<=://)[^/\s:@]+:(?!\d+(?:/|\s|$))[^\s@]*@"), ""),  # the same, with '/' in the password
@@ -35,11 +40,25 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         r"\1***",
     ),
+    (
+        re.compile(rf"(['\"](?:{_NAMES})['\"]\s*:\s*['\"])[^'\"]+", re.IGNORECASE),
+        r"\1***",
+    ),  # options, as a dict shows them
+    (re.compile(rf"\b((?:{_NAMES})=['\"]?)[^\s'\"&,;)]+", re.IGNORECASE), r"\1***"),  # and as a call or a query does
 )
+
+_SECRET_VARIABLES = re.compile(
+    r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCOUNT_KEY|CONNECTION_STRING|SAS)(?:_(?!FILE$|PATH$|DIR$)|$)"
+)
+_SHORTEST = 8  # a shorter value is no secret, and may be in any word
 
 
 def redact(text: str) -> str:
-    """``text`` without what opens doors: userinfo and query strings of URLs, access keys, bearer tokens."""
+    """``text`` without what opens doors: userinfo and query strings of URLs, access keys, tokens, options that are
+    named like a secret, and whatever this process's environment has under such a name."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET_VARIABLES.search(name.upper()):
+            text = text.replace(value, "***")
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
