@@ -228,7 +228,7 @@ def test_gc_lists_then_deletes_and_says_how_much(own_root: Path, capsys: pytest.
     assert call("gc", own_root, "--keep", "1", "--quiet") == 0
     told = capsys.readouterr().out
     assert f"would remove shards/ab/{orphan.name}" in told
-    assert f"a dry run: to free 1.5 kB in 1 files: evenshard gc {own_root} --keep 1 --delete" in told
+    assert f"a dry run: to free 1.5 kB in 1 file: evenshard gc {own_root} --keep 1 --delete" in told
     assert orphan.exists()
     assert call("gc", own_root, "--keep", "1", "--grace", "2h", "--quiet") == 0
     assert f"evenshard gc {own_root} --keep 1 --grace 7200s --delete" in capsys.readouterr().out

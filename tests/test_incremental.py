@@ -510,7 +510,7 @@ def test_a_renamed_class_is_no_new_class(photos: Collection, root: Path) -> None
     photos.build(root)
     for path, (label, group) in list(photos.rows.items()):
         photos.rows[path] = ("wasp" if label == "bee" else label, group)
-    told = r"of 5 classes .* 1 have most .* \(7 of 7 images of 'bee' are now 'wasp'\).* --allow class-map\. Nothing"
+    told = r"of 5 classes .* 1 has most .* \(7 of 7 images of 'bee' are now 'wasp'\).* --allow class-map\. Nothing"
     with pytest.raises(CommitError, match=told):
         photos.build(root, allow=())
     assert photos.build(root, allow=("class-map",)).number == 2

@@ -861,3 +861,10 @@ def test_threads_that_share_an_iterator_get_every_draw_once(snapshot: Snapshot, 
         thread.join()
     assert sorted(seen) == list(range(len(seen)))
     assert loader.state_dict()["consumed"] == len(seen)
+
+
+def test_a_loader_in_a_dataloader_says_to_iterate_it_itself(snapshot: Snapshot) -> None:
+    evaluation = pipeline.EvaluationLoader(snapshot, "test", batch_size=4, workers=0)
+    for loader in (pipeline.Loader(snapshot.manifest("natural"), batch_size=4, workers=0), evaluation):
+        with pytest.raises(UsageError, match=rf"Iterate the {type(loader).__name__} itself, `for images, labels in"):
+            next(iter(torch.utils.data.DataLoader(loader)))  # pyright: ignore

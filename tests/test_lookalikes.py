@@ -368,7 +368,7 @@ def test_a_huge_group_is_told_with_its_class_and_what_to_do(tmp_path: Path, root
         photos.add(f"ant-{number}.png", "ant", scene(number if number < 35 else 0, number))
         photos.add(f"bee-{number}.png", "bee", scene(100 + number if number > 8 else 100, number))
     _, notice = photos.build(root, near_duplicates=6).notices  # the first one is of the table
-    assert notice.startswith("1 group(s) of look-alikes are huge")
+    assert notice.startswith("1 group of look-alikes is huge")
     assert "26 images, 26 of them among the 60 of class 'ant'" in notice
     assert "lower near_duplicates, now 6" in notice
 
@@ -380,7 +380,7 @@ def test_the_largest_groups_are_told_first_and_small_ones_not() -> None:
     class_id[:2] = 4
     alike = np.ones(len(group), np.bool_)
     (told,) = huge_groups(group, alike, class_id, list("abcde"), max_distance=6)
-    assert told.startswith("4 group(s)")
+    assert told.startswith("4 groups of look-alikes are huge")
     assert "300 images, 298 of them among the 298 of class 'a', the rest of 1 more class(es); 40 images" in told
     assert "; ..." in told
     many = np.append(class_id, np.zeros(5000, np.int32))

@@ -35,6 +35,14 @@ from pipeline.store import redact, spare_pandas
 
 INTERRUPTED = 130
 
+_STOPPED = {
+    "build": "nothing was published; what it finished is kept, run it again to go on",
+    "export": "whole tars are kept, no other is there; run it again to go on",
+    "gc": "what was removed belonged to collected snapshots alone; run it again to finish",
+    "schedule": "either all of its manifests were added, or none",
+    "": "nothing was changed",
+}
+
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("evenshard"), prog_name="evenshard")
@@ -67,8 +75,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0  # of a command that says how it ended: click returns it
     except click.exceptions.Exit as done:
         return done.exit_code
-    except click.Abort:
-        _tell("stopped", "nothing was published; what a build or an export finished is kept, run it again to go on")
+    except click.Abort as stop:
+        _tell("stopped", str(stop) or _STOPPED.get(_command_of(command, given), _STOPPED[""]))
         return INTERRUPTED
     except click.ClickException as error:
         shown = io.StringIO()
@@ -117,6 +125,13 @@ def _terminable() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _command_of(command: click.Command, given: Sequence[str]) -> str:
+    """The name of the command that ran: of a group, the first word that names one."""
+    if not isinstance(command, click.Group):
+        return command.name or ""
+    return next((word for word in given if word in command.commands), "")
 
 
 def _tell(word: str, message: str) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 import click
 
 
+class Stopped(click.Abort):
+    """Interrupted; the message says how far it came."""
+
+
 class Command(click.Command):
     """A command with examples, which tests run, and ``--debug``."""
 

@@ -54,10 +54,11 @@ def verify(root: str, at: int | None, sample: float, seed: int | None, quiet: bo
         click.echo(f"note: {show.safe(note)}", err=True)
     what = f"snapshot {found.number} of {found.root}"
     if not found.sound:
-        raise IntegrityError(f"{what} is not sound: {len(found.findings):,} findings{_share(found)}")
+        raise IntegrityError(f"{what} is not sound: {show.counted(len(found.findings), 'finding')}{_share(found)}")
     if not as_json:
+        files, images = show.counted(found.num_files, "file"), show.counted(found.num_images, "image")
         click.echo(
-            f"{show.safe(what)} is sound: {found.num_files:,} files, {found.num_images:,} images "
+            f"{show.safe(what)} is sound: {files}, {images} "
             f"({show.num_bytes(found.num_bytes)}) checked in {found.elapsed_s:,.1f} s{_share(found)}"
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import listing, show
-from pipeline.cli.asking import AT, JSON, QUIET, command, manifest_names, one_of
+from pipeline.cli.asking import AT, JSON, QUIET, Stopped, command, manifest_names, one_of
 from pipeline.cli.progress import Reporter
 from pipeline.store import redact
 
@@ -116,7 +116,11 @@ def build(quiet: bool, as_json: bool, config_file: str | None, **flags: Any) -> 
     with Reporter(quiet=quiet) as progress:
         summary = run_build(config, progress=progress)
         progress("report", 0, 0)
-        page, problem = write_build_report(config, summary, progress=progress)
+        try:
+            page, problem = write_build_report(config, summary, progress=progress)
+        except KeyboardInterrupt:
+            told = f"snapshot {summary.number} is published, its page is not written; `evenshard report ROOT` writes it"
+            raise Stopped(told) from None
     if problem:
         summary = replace(summary, notices=(*summary.notices, problem))
     if as_json:
@@ -168,10 +172,10 @@ def stats(
         click.echo(f"{listing.distribution(counts if split else train, split or 'train')}\n")
         what = f"snapshot {snapshot.number}, {split or 'all splits'}"
         if split is None:  # a model meets the imbalance of train; val and test are cut evenly
-            click.echo(f"{what}: {told.num_images:,} images in {show.classes(told)}")
+            click.echo(f"{what}: {show.counted(told.num_images, 'image')} in {show.classes(told)}")
             what, told = "train", describe(train)
         click.echo(show.description(told, what))
-        if unmeasured := sum(not row["evaluable"] for row in rows):
+        if unmeasured := sum(row["count"] > 0 and not row["evaluable"] for row in rows):
             num = show.counted(unmeasured, "class has", "classes have")
             click.echo(f"{num} no image outside train and cannot be evaluated")
 

@@ -109,10 +109,13 @@ def diff(root: str, before: int | None, after: int | None, named: int | None, qu
         found = diff(root, before, after, num_named=num_named, progress=progress)
     click.echo(json.dumps(found.to_json(), indent=1, sort_keys=True) if as_json else _diff(found))
     if not found.is_lawful:
+        moved, renamed = (
+            show.counted(found.counts["moved"], "image"),
+            show.counted(len(found.classes_renamed), "class id"),
+        )
         raise IntegrityError(
-            f"from snapshot {found.before} to {found.after} of {root}, {found.counts['moved']:,} images moved between "
-            f"splits and {len(found.classes_renamed):,} class ids changed their meaning: what was evaluated before "
-            f"cannot be compared with what is now"
+            f"from snapshot {found.before} to {found.after} of {root}, {moved} moved between splits and {renamed} "
+            "changed the meaning: what was evaluated before cannot be compared with what is now"
         )
 
 
@@ -121,7 +124,8 @@ def _diff(found: Diff) -> str:
     lines = [
         f"snapshot {found.before} to {found.after}: {one:,} to {two:,} images in all splits; "
         + ", ".join(f"{kind} {count:,}" for kind, count in found.counts.items()),
-        f"{found.num_shared_shards:,} shards are shared, {found.num_opened_shards:,} were compared",
+        f"{show.counted(found.num_shared_shards, 'shard is', 'shards are')} shared, {found.num_opened_shards:,} "
+        f"{'was' if found.num_opened_shards == 1 else 'were'} compared",
     ]
     for what, names in (("added", found.classes_added), ("vanished", found.classes_vanished)):
         if names:
@@ -132,7 +136,9 @@ def _diff(found: Diff) -> str:
         rows = ((one.name, one.before, one.after, f"{one.after - one.before:+,}") for one in found.drift[:_SHOWN])
         lines += ["", show.table(("class", "before", "after", "change"), rows)]
         lines += (
-            [f"{more:,} more classes changed (--json lists all)"] if (more := len(found.drift) - _SHOWN) > 0 else []
+            [f"{show.counted(more, 'more class', 'more classes')} changed (--json lists all)"]
+            if (more := len(found.drift) - _SHOWN) > 0
+            else []
         )
     if found.rejects:
         rows = ((reason, before, after) for reason, (before, after) in found.rejects.items())
@@ -223,11 +229,12 @@ def gc(root: str, keep: int, delete: bool, grace: float | None, quiet: bool, as_
 
 def _collection(done: Collection, again: str) -> str:
     size = show.num_bytes(done.removed_bytes)
-    count = f"{len(done.removed):,} files"
+    count = show.counted(len(done.removed), "file")
     lines = [show.table(("kept", "why"), done.kept.items())]
     if done.collected:
         verb = "collected" if done.deleted else "would collect"
-        lines.append(f"{verb}: snapshot {', '.join(map(str, done.collected))}")
+        plural = "s" if len(done.collected) > 1 else ""
+        lines.append(f"{verb}: snapshot{plural} {', '.join(map(str, done.collected))}")
     if not done.deleted:
         lines += [f"would remove {show.name(entry.path)}" for entry in done.removed[:_SHOWN]]
         if (more := len(done.removed) - _SHOWN) > 0:
@@ -235,7 +242,7 @@ def _collection(done: Collection, again: str) -> str:
     if done.young:
         lines.append(f"left: {_counted(done.young)} that nothing names, younger than the grace period")
     if done.spared:
-        lines.append(f"left: {len(done.spared):,} files that a build or a pin took meanwhile")
+        lines.append(f"left: {show.counted(len(done.spared), 'file')} that a build or a pin took meanwhile")
     if done.unknown:
         shown = ", ".join(show.name(entry.path) for entry in done.unknown[:_SHOWN])
         lines.append(f"unknown, left alone: {_counted(done.unknown)}: {shown}")
@@ -250,4 +257,4 @@ def _collection(done: Collection, again: str) -> str:
 
 def _counted(entries: Iterable[Entry]) -> str:
     sizes = [entry.size for entry in entries]
-    return f"{len(sizes):,} files ({show.num_bytes(sum(sizes))})"
+    return f"{show.counted(len(sizes), 'file')} ({show.num_bytes(sum(sizes))})"

@@ -80,9 +80,10 @@ def plan(
     for text, _, found in rows:
         for remark in remarks(found):
             click.echo(f"\n{show.painted(show.name(text), 'bold')}: {remark}")
-    unmeasured = int((~classes["evaluable"].to_numpy()).sum())
-    held = f"; {unmeasured:,} of {len(names):,} classes cannot be evaluated" if unmeasured else ""
-    click.echo(f"\nsnapshot {snapshot.number}, {split}; nothing was written{held}")
+    present = classes["count"].to_numpy() > 0  # a class that vanished keeps its id, and is none of them
+    unmeasured = int((present & ~classes["evaluable"].to_numpy(zero_copy_only=False)).sum())
+    held = f"; {unmeasured:,} of {show.counted(int(present.sum()), 'class', 'classes')} cannot be evaluated"
+    click.echo(f"\nsnapshot {snapshot.number}, {split}; nothing was written{held if unmeasured else ''}")
 
 
 def _named(snapshot: Snapshot, text: str, epoch_size: int | None) -> Policy:

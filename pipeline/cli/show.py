@@ -84,7 +84,7 @@ def build_summary(summary: BuildSummary, root: str) -> str:
     splits = ", ".join(f"{split} {count:,}" for split, count in summary.splits.items())
     draws = ", ".join(f"{key} {count:,}" for key, count in summary.manifests.items())
     state = f"snapshot {summary.number}" if summary.changed else f"nothing changed: snapshot {summary.number} stands"
-    read = f"read {summary.num_read:,} images ({num_bytes(summary.read_bytes)})"
+    read = f"read {counted(summary.num_read, 'image')} ({num_bytes(summary.read_bytes)})"
     lines = [
         f"{state} in {safe(root)}",
         f"images     {summary.num_images:,} in {classes(summary.description)}: {splits}",
@@ -104,7 +104,8 @@ def build_summary(summary: BuildSummary, root: str) -> str:
 
 
 def _near(found: Mapping[str, int]) -> str:
-    return f"look-alike {found['num_images']:,} images in {found['num_groups']:,} groups, each in one split"
+    images, groups = counted(found["num_images"], "image"), counted(found["num_groups"], "group")
+    return f"look-alike {images} in {groups}, each in one split"
 
 
 def _imbalance(told: Description) -> str:
@@ -117,12 +118,12 @@ def _imbalance(told: Description) -> str:
 def description(told: Description, what: str) -> str:
     """The numbers of ``evenshard stats``, above the per-class table."""
     groups = ", ".join(
-        f"{key} {group.num_classes:,} ({group.num_images:,} images)"
+        f"{key} {group.num_classes:,} ({counted(group.num_images, 'image')})"
         for key, group in (("many (>100)", told.many), ("medium (20-100)", told.medium), ("few (<20)", told.few))
     )
     return "\n".join(
         [
-            f"{what}: {told.num_images:,} images in {classes(told)}",
+            f"{what}: {counted(told.num_images, 'image')} in {classes(told)}",
             f"imbalance ratio {told.imbalance:,.1f} (largest / smallest class)   Gini {told.gini:.3f}   "
             f"entropy {told.entropy:.3f} nats = {told.effective_classes:,.1f} effective classes",
             f"classes: {groups}; {told.singletons:,} with one image",

@@ -72,26 +72,31 @@ def _compare(config: BuildConfig, outlook: Outlook) -> list[str]:
     if renamed and "class-map" not in config.allow:
         shown = [f"{count} of {before[c]} images of {names[c]!r} are now {names[d]!r}" for c, d, count in renamed]
         told.append(
-            f"the class map changed: of {int((before > 0).sum())} classes of {snapshot}, {len(renamed)} have most of "
-            f"their known images under another label ({_listed(shown)}); a model trained before would be wrong about "
-            "them; give the labels back, or use --allow class-map"
+            f"the class map changed: of {int((before > 0).sum())} classes of {snapshot}, {len(renamed)} "
+            f"{_have(len(renamed))} most of the known images under another label ({_listed(shown)}); a model trained "
+            "before would be wrong about them; give the labels back, or use --allow class-map"
         )
     gone = np.flatnonzero((before > 0) & (now == 0))
     gone = gone[~np.isin(gone, [c for c, _, _ in renamed])]
     if len(gone) and "class-vanished" not in config.allow:
         told.append(
-            f"{len(gone)} of {int((before > 0).sum())} classes of {snapshot} have no image in this source "
-            f"({_listed([names[c] for c in gone])}); another collection needs another ROOT; if the classes are meant "
-            "to go, use --allow class-vanished"
+            f"{len(gone)} of {int((before > 0).sum())} classes of {snapshot} {_have(len(gone))} no image in this "
+            f"source ({_listed([names[c] for c in gone])}); another collection needs another ROOT; if the classes are "
+            "meant to go, use --allow class-vanished"
         )
     lost = _num_lost(past, samples, stays)
     total = len(past.key)
     if config.max_shrink is not None and lost > _limit(config.max_shrink, total) and "shrink" not in config.allow:
         told.append(
-            f"{lost} of {total} images of {snapshot} are not in this one ({lost / total:.1%}), more than "
-            f"--max-shrink {config.max_shrink} allows; if they are meant to go, use --allow shrink"
+            f"{lost} of {total} images of {snapshot} {'is' if lost == 1 else 'are'} not in this one "
+            f"({lost / total:.1%}), more than --max-shrink {config.max_shrink} allows; if they are meant to go, use "
+            "--allow shrink"
         )
     return told
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
 
 
 def _renamed(past: Past, samples: Samples, before: NDArray[np.int64]) -> list[tuple[int, int, int]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.ingest.neardup import near_clusters
 from pipeline.ingest.splits import join_groups
 from pipeline.ingest.units import Hashing
+from pipeline.plan.spelling import counted
 
 HUGE_GROUP = 20
 """More images than a class has in val or test at most: such a group alone outweighs a whole evaluation split."""
@@ -81,12 +82,14 @@ def huge_groups(
             others = int(np.count_nonzero(counts)) - 1
             told.append(
                 f"{size:,} images, {counts[main]:,} of them among the {in_class[main]:,} of class "
-                f"{class_names[main]!r}" + (f", the rest of {others} more class(es)" if others else "")
+                f"{class_names[main]!r}"
+                + (f", the rest of {counted(others, 'more class', 'more classes')}" if others else "")
             )
     if not told:
         return ()
+    huge = counted(num_huge, "group of look-alikes is", "groups of look-alikes are")
     return (
-        f"{num_huge} group(s) of look-alikes are huge, and one split holds all of each: {'; '.join(told)}"
+        f"{huge} huge, and one split holds all of each: {'; '.join(told)}"
         f"{'; ...' if num_huge > len(told) else ''}. Look at some (column `group` of the index): if they show "
         f"different things, lower near_duplicates, now {max_distance}; if they are one series, this is as it should be",
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import UsageError
 from pipeline.plan.policy import Targets
 from pipeline.plan.shots import GROUPS, group_of
+from pipeline.plan.spelling import counted
 
 IntArray = NDArray[np.int64]
 
@@ -160,8 +161,9 @@ def remarks(found: Outcome) -> tuple[str, ...]:
     told: list[str] = []
     if whole.num_held_classes:
         told.append(
-            f"max_repeat holds {whole.num_held_classes:,} classes below their wish ({single.num_held_classes:,} of one "
-            f"image): {whole.num_withheld:,} draws. Largest : smallest class is {_ratio(found.imbalance)} "
+            f"max_repeat holds {counted(whole.num_held_classes, 'class', 'classes')} below "
+            f"{'its' if whole.num_held_classes == 1 else 'their'} wish ({single.num_held_classes:,} of one image): "
+            f"{counted(whole.num_withheld, 'draw')}. Largest : smallest class is {_ratio(found.imbalance)} "
             f"where {_ratio(found.imbalance_wished)} was asked."
         )
     if whole.largest_repeat >= HARD_REPEAT:
@@ -175,9 +177,10 @@ def remarks(found: Outcome) -> tuple[str, ...]:
             "show every one."
         )
     if found.num_out_of_pool:
-        told.append(f"{found.num_out_of_pool:,} images are never drawn, in any epoch.")
+        told.append(f"{counted(found.num_out_of_pool, 'image is', 'images are')} never drawn, in any epoch.")
     if (starved := whole.num_classes - whole.num_drawn_classes) > 0:
-        told.append(f"{starved:,} of {whole.num_classes:,} classes are never drawn: a model cannot learn them.")
+        are = "is" if starved == 1 else "are"
+        told.append(f"{starved:,} of {whole.num_classes:,} classes {are} never drawn: a model cannot learn them.")
     return tuple(told)
 
 

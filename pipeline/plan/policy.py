@@ -38,7 +38,7 @@ from pipeline.keyed import derive, keyed_hash, seed_key
 from pipeline.plan.apportion import fill, largest_remainder, total_of
 from pipeline.plan.parameters import MAX_INTEGER
 from pipeline.plan.shots import FEW_BELOW
-from pipeline.plan.spelling import NAMES, PRESETS, Policy, nearest, parse, to_json
+from pipeline.plan.spelling import NAMES, PRESETS, Policy, counted, nearest, parse, to_json
 from pipeline.plan.wishes import DEMANDS, Demand, Groups, caps_of, group
 
 __all__ = [
@@ -157,7 +157,7 @@ def _pool(available: IntArray, policy: Policy) -> IntArray:
     if policy.get("singletons") == "drop":
         pool[available == 1] = 0
     if not pool.any():
-        raise UnfitPolicyError(f"policy {policy}: all {np.count_nonzero(available)} classes have one image; keep some")
+        raise UnfitPolicyError(f"policy {policy}: no class has more than one image; keep some")
     return pool
 
 
@@ -207,7 +207,7 @@ def _wishes(counts: IntArray, policy: Policy, names: Sequence[str] | None) -> tu
         raise PolicyError(f"policy explicit needs the names of all {len(counts)} classes")
     ids = {name: class_id for class_id, name in enumerate(names)}
     if unknown := [name for name, _ in table if name not in ids]:
-        names_are = "1 name is" if len(unknown) == 1 else f"{len(unknown):,} names are"
+        names_are = counted(len(unknown), "name is", "names are")
         raise UnfitPolicyError(
             f"policy explicit: {names_are} no class of this snapshot: {', '.join(unknown[:5])}"
             f"{nearest(unknown[0], ids)}"

@@ -125,6 +125,11 @@ def _read(name: str, key: str, value: object, parameter: Parameter) -> Value | N
         raise PolicyError(f"policy {name}: {key} must be {parameter.expects}, not {value!r}") from error
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 class``, ``2,000 classes``: of ``one`` and ``many``, or ``one`` and an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'balanced'?)``, or nothing where nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1)

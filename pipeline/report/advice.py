@@ -137,9 +137,10 @@ def _not_evaluable(facts: Facts) -> Iterator[Advice]:
     covered = facts.covered
     missing = covered.num_classes - covered.evaluable
     if missing and covered.evaluable:
+        have = "has" if missing == 1 else "have"
         text = (
-            f"{missing:,} of {counted(covered.num_classes, 'class', 'classes')} have no image outside train, so their "
-            f"recall cannot be measured. Averages over classes speak of the other {covered.evaluable:,} "
+            f"{missing:,} of {covered.num_classes:,} classes {have} no image outside train, so that there recall "
+            f"cannot be measured. Averages over classes speak of the other {covered.evaluable:,} "
             f"({percent(covered.evaluable, covered.num_classes)}), which hold "
             f"{percent(covered.train_images_evaluable, covered.train_images)} of the training images. A class becomes "
             "measurable with its second image: collect there first."

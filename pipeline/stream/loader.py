@@ -35,6 +35,7 @@ from pipeline.stream.batches import BatchReader, Rows
 from pipeline.stream.cache import NodeCache, default_cache
 from pipeline.stream.damage import Replacement
 from pipeline.stream.drawn import Batch, Built, DrawnBatches, Recipe, pinned
+from pipeline.stream.indexing import IteratedOnly
 from pipeline.stream.prefetch import Patience, Prefetch
 from pipeline.stream.repeats import RepeatCache
 from pipeline.stream.transforms import RandomResizedCropFlip, ResizeCenterCrop, Transform
@@ -73,7 +74,7 @@ class Topology:
         return cls(rank=operator.index(rank), world_size=operator.index(world_size))
 
 
-class Loader:
+class Loader(IteratedOnly):
     """Batches of a manifest; each ``iter()`` yields (the rest of) one epoch, and the next ``iter()`` the next epoch.
 
     All batches are full: the one at a seam holds draws of both epochs, and belongs to the one it starts in. So class
@@ -341,7 +342,7 @@ class _Steps(Iterator[Batch]):
         self._superseded = self.num_left > 0
 
 
-class EvaluationLoader:
+class EvaluationLoader(IteratedOnly):
     """Every sample of a split once, in an order that mixes classes and never changes: ``(images, labels, mask)``.
 
     Every rank does equally many steps. Where the samples do not fill the last ones, rows repeat samples and their
