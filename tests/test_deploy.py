@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deploy_commands import (
     commands_in_comments,
     commands_in_markdown,
 )
+from packaging.requirements import Requirement
 
 import pipeline
 from pipeline.config import BuildConfig, load_config, make_config
@@ -240,6 +242,15 @@ def test_a_lock_holds_what_its_image_needs_by_hash_and_no_more(
     assert set(present) <= set(pins)
     whole = pins_of((TOP / "requirements.lock").read_text())
     assert {pin: whole.get(pin) for pin in pins} == pins  # the images run what the tests ran
+
+
+@pytest.mark.parametrize(("name", "extras"), [("build", ("build", "s3")), ("train", ("train", "s3"))])
+def test_a_lock_is_not_older_than_the_dependencies(name: str, extras: tuple[str, ...]) -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    pins = pins_of(text_of(f"requirements-{name}.lock"))
+    requirements = map(Requirement, wanted)
+    assert [str(each) for each in requirements if pins.get(each.name, "") not in each.specifier] == []
 
 
 def pins_of(lock: str) -> dict[str, str]:

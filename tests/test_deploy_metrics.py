@@ -8,6 +8,8 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def test_what_was_read_is_counted_by_reason(tiny_images: Path, tmp_path: Path, m
     source = with_a_broken_image(tiny_images, tmp_path / "source")
     build(source, tmp_path / "root", address="none", workers=1)
     assert noted[IMAGES.name, "read"] == 62
+    assert noted[UNIT_SECONDS.name, "read"] > 0
     assert noted[BYTES.name, "read"] == sum(path.stat().st_size for path in source.rglob("*.*"))
     assert {key: count for key, count in noted.items() if key[0] == REJECTS.name} == {(REJECTS.name, "truncated"): 1}
     before = noted.copy()
@@ -89,9 +92,10 @@ def test_ray_knows_the_unit_the_attempt_and_the_memory() -> None:
 def test_a_unit_asks_for_no_more_memory_than_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.ingest import engine as engines
 
-    monkeypatch.setattr(engines, "UNIT_MEMORY_BYTES", 1 << 60)
-    with RayEngine(address="local", workers=2) as engine:
-        assert [item for item in engine.map(crew_tasks.count, [("a", (0,))]) if item] == ["0 at attempt 1"]
+    monkeypatch.setattr(engines, "UNIT_MEMORY_BYTES", 1 << 45)
+    with RayEngine(address="local", workers=2) as engine, closing(engine.map(crew_tasks.count, [("a", (7,))])) as items:
+        told = list(islice(items, 20))  # a zero a second while nothing comes
+    assert "7 at attempt 1" in told
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -153,6 +153,19 @@ def test_a_dashboard_is_where_jobs_are_submitted() -> None:
     refuse_dashboard("10.0.0.1:6379")
 
 
+def test_a_client_server_is_no_place_to_build_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client has no streaming tasks: to say so is better than Ray's RuntimeError at the first unit."""
+    from pipeline.ingest.engine import RayEngine, ray
+
+    ended: list[str] = []
+    monkeypatch.setattr(RayEngine, "_connect", lambda self, options: "")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("shutdown"))
+    with pytest.raises(UsageError, match=r"ray://127.0.0.1:1 is a client server.*ray job submit.*HOST:6379"):
+        RayEngine(address="ray://127.0.0.1:1").__enter__()
+    assert ended == ["shutdown"]
+
+
 # -- a real one
 
 

@@ -13,7 +13,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import EngineError, MissingExtraError
+from pipeline.errors import EngineError, MissingExtraError, UsageError
 from pipeline.ingest.crew import Ended, Event, Failed, Item, Lost, Task, UnitFunction, run_units, work
 from pipeline.ingest.exposure import refuse_dashboard, refuse_open
 from pipeline.ingest.meters import Metric
@@ -81,6 +81,13 @@ class RayEngine:
             refuse_open(address)
         refuse_dashboard(address)
         dashboard = self._connect(options)
+        if address.startswith("ray://"):
+            ray.shutdown()
+            raise UsageError(
+                f"{redact(address)} is a client server, through which tasks cannot tell what they do: submit a job "
+                "(`ray job submit --working-dir . -- python -m jobs.build ...`), or name HOST:6379 on a machine "
+                "of the cluster"
+            )
         if not self._allow_open:
             try:
                 refuse_open(ray.get_runtime_context().gcs_address)  # that of 'auto' is known only now

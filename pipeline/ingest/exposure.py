@@ -55,7 +55,7 @@ def refuse_dashboard(address: str) -> None:
     if _parts(address)[0] in _DASHBOARDS:
         raise UsageError(
             f"{redact(address)} is a dashboard, which takes jobs: `ray job submit --address {redact(address)} "
-            "--working-dir . -- python -m jobs.nightly ...`; to connect from here, name HOST:6379 or ray://HOST:10001"
+            "--working-dir . -- python -m jobs.nightly ...`; on a machine of the cluster, name HOST:6379"
         )
 
 
