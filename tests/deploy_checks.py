@@ -24,15 +24,28 @@ from pipeline.ingest.meters import METRICS
 
 KUBERNETES = ("1.31", "1.34", "1.37")  # the oldest and the newest that are asked for, and one between
 
+# Series that are not ours, and labels of theirs that these files may use.
 OTHER_METRICS = {  # kube-state-metrics, node_exporter
-    "kube_cronjob_status_last_successful_time", "kube_job_status_failed", "kube_job_status_start_time",
-    "node_systemd_unit_state",
-}  # fmt: skip
-RAY_METRICS = {  # test_deploy_metrics sees each of them exported
-    "ray_cluster_active_nodes", "ray_node_cpu_utilization", "ray_node_disk_free", "ray_node_disk_usage",
-    "ray_node_mem_total", "ray_node_mem_used", "ray_running_jobs",
-}  # fmt: skip
-KNOWN_METRICS = OTHER_METRICS | RAY_METRICS | {name for metric in METRICS for name in metric.exported}
+    "kube_cronjob_status_last_successful_time": {"cronjob", "namespace"},
+    "kube_job_status_failed": {"job_name", "namespace", "reason"},
+    "kube_job_status_start_time": {"job_name", "namespace"},
+    "node_systemd_unit_state": {"instance", "name", "state"},
+}
+RAY_METRICS = {  # test_deploy_metrics sees each of them exported, with these labels
+    "ray_cluster_active_nodes": {"SessionName", "node_type"},
+    "ray_node_cpu_utilization": {"SessionName", "ip"},
+    "ray_node_disk_free": {"SessionName", "ip"},
+    "ray_node_disk_usage": {"SessionName", "ip"},
+    "ray_node_mem_total": {"SessionName", "ip"},
+    "ray_node_mem_used": {"SessionName", "ip"},
+    "ray_running_jobs": {"NodeAddress", "SessionName"},
+}
+OUR_METRICS = {
+    name: {"NodeAddress", "SessionName", *metric.labels} | ({"le"} if name.endswith("_bucket") else set[str]())
+    for metric in METRICS
+    for name in metric.exported
+}
+KNOWN_METRICS = OTHER_METRICS | RAY_METRICS | OUR_METRICS
 
 
 def _expect(holds: object, message: str) -> None:
@@ -197,9 +210,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-Duration = Field(default=None, pattern=r"^\d+[smhd]$")
-
-
 class Rule(Strict):
     alert: str = Field(pattern=r"^Evenshard[A-Z]\w+$")
     expr: str
@@ -219,23 +229,34 @@ class Rules(Strict):
 
 def metrics_in(expression: str) -> set[str]:
     """The names of the series that an expression asks for; Broken if it is no PromQL."""
+    return {node.name for node in _nodes(expression) if isinstance(node, promql_parser.VectorSelector)}
+
+
+def _nodes(expression: str) -> list[Any]:
+    found: list[Any] = []
     try:
-        parsed = promql_parser.parse(expression)
+        promql_parser.walk(promql_parser.parse(expression), lambda node: found.append(node))
     except ValueError as error:
         raise Broken(f"{error}: {expression}") from error
-    names: set[str] = set()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, promql_parser.VectorSelector):
-            names.add(node.name)
-
-    promql_parser.walk(parsed, visit)
-    return names
+    return found
 
 
-def _check_expression(expression: str) -> None:
+def _check_expression(expression: str, shown: str) -> None:
+    """``shown`` is a text made from the result: a legend, or a summary."""
     names = metrics_in(expression)
-    _expect(names and names <= KNOWN_METRICS, f"nobody exports {sorted(names - KNOWN_METRICS)}: {expression}")
+    _expect(names and names <= set(KNOWN_METRICS), f"nobody exports {sorted(names - set(KNOWN_METRICS))}: {expression}")
+    labels = set.union(*(KNOWN_METRICS[name] for name in names))
+    kept: list[set[str]] = []
+    for node in _nodes(expression):
+        if isinstance(node, promql_parser.VectorSelector):
+            asked = {matcher.name for matcher in node.matchers.matchers}
+            _expect(asked <= KNOWN_METRICS[node.name], f"{node.name} has no {sorted(asked)}: {expression}")
+        if isinstance(node, promql_parser.AggregateExpr):
+            kept.append(set(node.modifier.labels) if node.modifier else set())
+            _expect(kept[-1] <= labels, f"no label {sorted(kept[-1] - labels)}: {expression}")
+    left = kept[0] if kept else labels
+    told = set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", shown))
+    _expect(told <= left, f"no label {sorted(told - left)} is left to show: {shown!r} of {expression}")
 
 
 def check_alerts(text: str) -> None:
@@ -246,7 +267,7 @@ def check_alerts(text: str) -> None:
     _expect(len({rule.alert for rule in rules}) == len(rules), "two alerts of one name")
     anchors = set(anchors_of((DEPLOY / "RUNBOOK.md").read_text()))
     for rule in rules:
-        _check_expression(rule.expr)
+        _check_expression(rule.expr, rule.annotations.get("summary", ""))
         _expect(rule.labels.get("severity") in ("page", "ticket"), f"{rule.alert} says not how much it matters")
         _expect(set(rule.annotations) == {"summary", "runbook"}, f"{rule.alert}: {sorted(rule.annotations)}")
         path, _, anchor = rule.annotations["runbook"].partition("#")
@@ -284,4 +305,5 @@ def _check_panel(panel: dict[str, Any], variables: set[str]) -> None:
     for target in panel["targets"]:
         used = set(re.findall(r"\$(\w+)", target["expr"]))
         _expect(used <= variables, f"{panel['title']} uses {used - variables}, which is no variable")
-        _check_expression(re.sub(r"\[\$\w+\]", "[5m]", target["expr"]).replace("$session", ".*"))
+        expression = re.sub(r"\[\$\w+\]", "[5m]", target["expr"]).replace("$session", ".*")
+        _check_expression(expression, target["legendFormat"])
