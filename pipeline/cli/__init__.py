@@ -25,7 +25,7 @@ from pipeline.cli.asking import Group
 from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
-from pipeline.cli.nights import nightly
+from pipeline.cli.nights import nightly, status
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import name as one_line
 from pipeline.cli.show import painted, safe
@@ -58,7 +58,7 @@ def cli() -> None:
 
 for _command in (
     *(build, classes, completion, demo, diff, export, gc, history, manifest, manifests, nightly, pin, plan, report),
-    *(schedule, stats, verify),
+    *(schedule, stats, status, verify),
 ):
     cli.add_command(_command)
 

@@ -1,17 +1,22 @@
-"""The command of every night. Thin, like its neighbours in ``commands``."""
+"""The command of every night, and how it goes. Thin, like their neighbours in ``commands``."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli import show
-from pipeline.cli.asking import command
+from pipeline.cli.asking import JSON, command
 from pipeline.cli.commands import build_options
 from pipeline.cli.custody import duration
-from pipeline.cli.progress import Reporter
+from pipeline.cli.progress import Reporter, verb
+
+if TYPE_CHECKING:
+    from pipeline.ingest.vitals import Sign
 
 
 def nightly_options(function: Any) -> Any:
@@ -67,3 +72,70 @@ def nightly(
     click.echo(night.line())
     if night.exit_code:
         raise click.exceptions.Exit(night.exit_code)
+
+
+@command(examples=("status ROOT", "status ROOT --json"))
+@click.argument("root")
+@JSON
+def status(root: str, as_json: bool) -> None:
+    """What a build of ROOT is doing now: stage, images done, speed, time left, rejects, and when it was last heard of.
+
+    A build that was not heard of for a minute has died. Where none is running, how the last one ended.
+    """
+    from dataclasses import asdict
+
+    from pipeline.ingest.vitals import read_signs
+    from pipeline.nightly import find_holder
+    from pipeline.store import Store
+
+    store = Store.open(root)
+    signs, last = read_signs(store)
+    holder = find_holder(store)
+    if as_json:
+        told = {
+            "root": store.url,
+            "builds": [sign.to_json() for sign in signs],
+            "last": None if last is None else last.to_json(),
+            "nightly": None if holder is None else asdict(holder),
+        }
+        click.echo(json.dumps(told, indent=1, sort_keys=True))
+        return
+    lines = [line for sign in signs for line in _sign(sign)]
+    if holder is not None:
+        lines.append(f"nightly run {holder.number}: {holder}")
+    if not any(sign.state == "running" for sign in signs):
+        lines.append(f"no build is running; {_ended(last)}")
+    click.echo(show.safe("\n".join(lines)))
+
+
+def _sign(sign: Sign) -> list[str]:
+    moved = f"; the count has not moved for {sign.idle_s:,.0f} s" if sign.idle_s > _LONG_S else ""
+    left = f", about {sign.left_s:,.0f} s left" if sign.left_s is not None else ""
+    count = f"{sign.done:,}" + (f" of {sign.total:,}" if sign.total else "")
+    silent = "an unknown time" if sign.silent_s is None else f"{sign.silent_s:,.0f} s"
+    who = f"build of {sign.source} by {sign.worker}, since {_utc(sign.started_s)}"
+    if sign.state == "died":
+        return [
+            f"{who}: died, no sign of life for {silent}",
+            f"  it was {verb(sign.stage)}: {count}; run it again, finished units are kept",
+        ]
+    return [
+        who,
+        f"  {verb(sign.stage)}: {count}, {sign.per_s:,.0f}/s{left}{moved}; {sign.rejects:,} rejects so far",
+        f"  last sign of life {silent} ago",
+    ]
+
+
+_LONG_S = 30.0
+
+
+def _ended(last: Sign | None) -> str:
+    if last is None:
+        return "none has left word of itself"
+    snapshot = f", snapshot {last.snapshot}" if last.snapshot is not None else ""
+    why = f": {last.error}" if last.error else ""
+    return f"the last one ended {_utc(last.written_s)} by {last.worker}: {last.state}{snapshot}{why}"
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

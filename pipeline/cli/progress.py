@@ -50,6 +50,11 @@ _UNITS = {
 }
 
 
+def verb(stage: str) -> str:
+    """What is being done, in words."""
+    return _VERBS.get(stage, stage or "starting")
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")

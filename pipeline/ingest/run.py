@@ -39,6 +39,7 @@ from pipeline.ingest.splits import TRAIN, assign
 from pipeline.ingest.summary import BuildSummary, finish, summarise
 from pipeline.ingest.tables import Written, put_tables
 from pipeline.ingest.units import Pack, UnitRecord
+from pipeline.ingest.vitals import Vitals
 from pipeline.ingest.work import Progress, Work
 from pipeline.plan.policy import parse
 from pipeline.schema import (
@@ -75,12 +76,17 @@ def build(
 
 def run_build(config: BuildConfig, *, progress: Progress | None = None) -> BuildSummary:
     """``build`` for a ready configuration."""
+    with Vitals(progress) as notify:
+        return _run_build(config, notify)
+
+
+def _run_build(config: BuildConfig, notify: Vitals) -> BuildSummary:
     started_s = time.time()
-    notify = progress or (lambda stage, done, total: None)
     policies = {name: parse(value) for name, value in config.manifests.items()}
     source = open_source(config)
     store = Store.open(config.root, create=True)
     probe(store)
+    notify.begin(store, config.source)
     store.sweep_abandoned(QUIET_S)
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
@@ -116,6 +122,7 @@ def run_build(config: BuildConfig, *, progress: Progress | None = None) -> Build
     if changed:
         notify("commit", 0, 0)
         commit(store, record)
+    notify.published(snapshot.number)
     return finish(store, config, summary, started_s)
 
 

@@ -21,6 +21,7 @@ from pipeline.ingest.engines import Engine, open_engine, start_s
 from pipeline.ingest.exposure import OPEN_CLUSTER
 from pipeline.ingest.meters import BYTES, IMAGES, REJECTS
 from pipeline.ingest.units import Repack, Reusable, Unit, UnitFunction, UnitRecord, find_unit_record
+from pipeline.ingest.vitals import Vitals
 from pipeline.snapshot import Snapshot
 from pipeline.store import Store
 
@@ -77,6 +78,8 @@ class Work:
                 if isinstance(item, UnitRecord):
                     finished[item.digest] = item
                     _note(engine, item, stage)
+                    if isinstance(self._notify, Vitals):
+                        self._notify.rejected(len(item.rejects))
                 else:
                     done += item
                 self._notify(stage, done, total)
