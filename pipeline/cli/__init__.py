@@ -25,10 +25,11 @@ from pipeline.cli.asking import Group
 from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
+from pipeline.cli.logs import is_json, logging_units, say
 from pipeline.cli.nights import nightly, status
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import name as one_line
-from pipeline.cli.show import painted, safe
+from pipeline.cli.show import safe
 from pipeline.errors import EngineError, EvenshardError, UsageError
 from pipeline.ingest.whoami import ray_job
 from pipeline.store import redact, spare_pandas
@@ -68,7 +69,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _refuse_credentials(given)
-        with _terminable():
+        with _terminable(), logging_units():
             code = command.main(
                 args=given, prog_name=None if arguments is None else command.name, standalone_mode=False
             )
@@ -81,7 +82,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        click.echo(redact(safe(shown.getvalue())), err=True, nl=False)
+        if is_json():
+            _tell("error", error.format_message())
+        else:
+            click.echo(redact(safe(shown.getvalue())), err=True, nl=False)
         return error.exit_code
     except BrokenPipeError:
         # The reader (head, less) closed; point stdout elsewhere so that the interpreter's last flush is quiet.
@@ -89,7 +93,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if "--debug" in given or os.environ.get("EVENSHARD_TRACEBACK"):
-            click.echo(redact(traceback.format_exc()), err=True, nl=False)
+            say(traceback.format_exc().rstrip(), event="traceback")
         if isinstance(error, EvenshardError):
             # A name with a line break must not make up a line of its own; what Ray says has lines of its own.
             _tell("error", safe(str(error)) if isinstance(error, EngineError) else one_line(str(error)))
@@ -135,7 +139,7 @@ def _command_of(command: click.Command, given: Sequence[str]) -> str:
 
 
 def _tell(word: str, message: str) -> None:
-    click.echo(f"{painted(f'{word}:', 'red', sys.stderr)} {redact(message)}", err=True)
+    say(message, event=word, level="error")
 
 
 def main() -> None:

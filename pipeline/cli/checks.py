@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli import show
 from pipeline.cli.asking import AT, JSON, QUIET, command
+from pipeline.cli.logs import say
 from pipeline.cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def verify(root: str, at: int | None, sample: float, seed: int | None, quiet: bo
         for finding in found.findings:
             click.echo(show.name(str(finding)))
     for note in found.notes:
-        click.echo(f"note: {show.safe(note)}", err=True)
+        say(f"note: {note}", event="note")
     what = f"snapshot {found.number} of {found.root}"
     if not found.sound:
         raise IntegrityError(f"{what} is not sound: {show.counted(len(found.findings), 'finding')}{_share(found)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from pipeline.cli import show
 from pipeline.cli.asking import JSON, command
 from pipeline.cli.commands import build_options
 from pipeline.cli.custody import duration
+from pipeline.cli.logs import say
 from pipeline.cli.progress import Reporter, verb
 
 if TYPE_CHECKING:
@@ -64,11 +64,9 @@ def nightly(
             config, keep=keep, sample=sample, grace_s=GRACE_S if grace is None else grace, progress=progress
         )
     for notice in night.notices:
-        click.echo(f"notice: {show.safe(notice)}", err=True)
+        say(f"notice: {notice}", event="notice")
     for error in night.errors:
-        click.echo(
-            f"{show.painted('error:', 'red', sys.stderr)} {error['step']}: {show.safe(error['message'])}", err=True
-        )
+        say(f"{error['step']}: {error['message']}", event="error", level="error", step=error["step"])
     click.echo(night.line())
     if night.exit_code:
         raise click.exceptions.Exit(night.exit_code)

@@ -6,7 +6,6 @@ import sys
 import time
 from types import TracebackType
 
-import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from pipeline.cli.logs import is_json, say
 
 LINE_EVERY_S = 2.0
 """Whatever takes no longer says nothing."""
@@ -72,7 +73,7 @@ class Reporter:
         self._first_done = 0
 
     def __enter__(self) -> Reporter:
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and sys.stderr.isatty() and not is_json():
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
             self._live = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._live.start()
@@ -106,7 +107,7 @@ class Reporter:
             self._stage, self._stage_start_s, self._last_line_s, self._first_done = stage, now, now, done
             if stage in ("list", "start", "read", "export"):
                 told = f" ({total:,})" if total else ""
-                click.echo(f"{_VERBS.get(stage, stage)}{told}", err=True)
+                say(f"{_VERBS.get(stage, stage)}{told}", event="stage", stage=stage, done=done, total=total)
             return
         if now - self._last_line_s < LINE_EVERY_S:
             return
@@ -114,6 +115,11 @@ class Reporter:
         rate = (done - self._first_done) / (now - self._stage_start_s)
         left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and total else ""
         of_all = f" of {total:,}" if total else ""  # of containers nobody knows how many images they hold
-        click.echo(
-            f"{_VERBS.get(stage, stage)}: {done:,}{of_all}, {rate:,.0f} {_UNITS.get(stage, 'images')}/s{left}", err=True
+        say(
+            f"{_VERBS.get(stage, stage)}: {done:,}{of_all}, {rate:,.0f} {_UNITS.get(stage, 'images')}/s{left}",
+            event="progress",
+            stage=stage,
+            done=done,
+            total=total,
+            per_s=round(rate, 1),
         )

@@ -9,6 +9,7 @@ again and spent is noted (`ingest.meters`). Results are small facts, never image
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ MAX_TRIALS = 4
 MAX_ATTEMPTS = 10
 """Workers that one unit may cost. A decoder costs no more than the first (`images.isolated`): the rest is for killers
 of processes, nodes that go, and memory that runs out."""
+
+_log = logging.getLogger("evenshard.unit")
+_log.addHandler(logging.NullHandler())  # whoever wants to hear of units adds another; EVENSHARD_LOG=json does
 
 _TRANSIENT = (OSError, StoreError)
 
@@ -172,9 +176,11 @@ def _events(crew: Crew, running: dict[Any, _Running]) -> Iterator[Any]:
             continue
         del running[handle]
         if isinstance(event, Failed):
+            _log_unit(logging.ERROR, "failed", unit, why=str(event.error))
             raise _named(unit, event.error) from event.error
         if isinstance(event, Lost) and not unit.has_result:
             crew.note(UNITS_LOST, 1, stage=unit.stage)
+            _log_unit(logging.WARNING, "lost its worker", unit, why=event.told)
             yield -unit.num_done  # it starts over
             again = _again(unit, event)
             running[crew.start(again.task)] = again
@@ -182,8 +188,14 @@ def _events(crew: Crew, running: dict[Any, _Running]) -> Iterator[Any]:
 
 def _note(crew: Crew, unit: _Running, spent: Spent) -> None:
     crew.note(UNIT_SECONDS, spent.seconds, stage=unit.stage)
+    _log_unit(logging.INFO, "is done", unit, images=unit.num_done, seconds=spent.seconds, retries=spent.retries)
     if spent.retries:
         crew.note(RETRIES, spent.retries, stage=unit.stage)
+
+
+def _log_unit(level: int, what: str, unit: _Running, **facts: Any) -> None:
+    facts |= {"unit": unit.name, "stage": unit.stage, "attempt": unit.task.attempt}
+    _log.log(level, "unit %s %s, attempt %d", unit.name, what, unit.task.attempt, extra={"facts": facts})
 
 
 def _again(unit: _Running, lost: Lost) -> _Running:
