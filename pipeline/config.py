@@ -18,10 +18,20 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import ConfigError, NotFoundError
 from pipeline.images import HARD_MAX_PIXELS, Inspection, Limits
+from pipeline.labels import LabelMap, read_label_map
 from pipeline.store.messages import redact
 
 MAX_FILE_BYTES = 1 << 20
@@ -65,6 +75,11 @@ def _to_path(value: object) -> object:
 
 def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _to_label_map(value: object) -> object:
+    """A CSV or Parquet file; what is no path is left to the validator."""
+    return read_label_map(value) if isinstance(value, str | os.PathLike) else value
 
 
 def _to_names(value: object) -> object:
@@ -115,6 +130,7 @@ class BuildConfig(BaseModel):
     split_column: Column | None = None
     group_column: Column | None = None
     classes: Annotated[tuple[str, ...] | None, BeforeValidator(_to_names)] = None  # what labels 0, 1, 2... are called
+    label_map: Annotated[InstanceOf[LabelMap] | None, BeforeValidator(_to_label_map)] = None
     images: Place | None = None
     check: Literal["decode", "header"] = "decode"
     near_duplicates: int | None = Field(default=None, ge=1, le=8)  # bits of 64 in which look-alikes may differ
@@ -179,6 +195,12 @@ class BuildConfig(BaseModel):
             raise ValueError(f"split_from {self.split_from} and split_column {self.split_column!r}: choose one")
         return self
 
+    @model_validator(mode="after")
+    def _one_giver_of_class_names(self) -> BuildConfig:
+        if self.classes is not None and self.label_map is not None:
+            raise ValueError("classes and label_map both say what labels are called: choose one")
+        return self
+
     @property
     def inspection(self) -> Inspection:
         """What is asked of every image."""
@@ -188,12 +210,24 @@ class BuildConfig(BaseModel):
     def meaning(self) -> dict[str, Any]:
         """The fields that decide bytes, for records and their digests: strings, integers and null only."""
         decisive = self.model_dump(
-            exclude={"source", "root", "images", "workers", "address", "allow", "max_rejects", "max_shrink"}
+            exclude={
+                "source",
+                "root",
+                "images",
+                "workers",
+                "address",
+                "allow",
+                "max_rejects",
+                "max_shrink",
+                "label_map",
+            }
         )
+        if self.label_map is not None:
+            decisive["label_map"] = self.label_map.digest
         if self.classes is not None:  # there may be thousands, and the class table has them
             decisive["classes"] = _digest(self.classes)
         for name in _LATER_KEYS:  # a build that does not use them is the build that it was before they existed
-            if decisive[name] is None:
+            if decisive.get(name, "") is None:
                 del decisive[name]
         return {name: _without_floats(value) for name, value in decisive.items()}
 

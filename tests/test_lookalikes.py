@@ -381,12 +381,12 @@ def test_the_largest_groups_are_told_first_and_small_ones_not() -> None:
     alike = np.ones(len(group), np.bool_)
     (told,) = huge_groups(group, alike, class_id, list("abcde"), max_distance=6)
     assert told.startswith("4 groups of look-alikes are huge")
-    assert "300 images, 298 of them among the 298 of class 'a', the rest of 1 more class(es); 40 images" in told
+    assert "300 images, 298 of them among the 298 of class 'a', the rest of 1 more class; 40 images" in told
     assert "; ..." in told
     many = np.append(class_id, np.zeros(5000, np.int32))
     padded = np.append(group, np.arange(10, 5010, dtype=np.uint64))
     (told,) = huge_groups(padded, np.append(alike, np.zeros(5000, np.bool_)), many, list("abcde"), max_distance=6)
-    assert told.startswith("3 group(s)")
+    assert told.startswith("3 groups of look-alikes are huge")
 
 
 def test_the_same_rows_with_and_without_hashes_are_two_units() -> None:

@@ -65,8 +65,18 @@ def test_a_build_writes_the_page_and_says_where(photos: Path, capsys: pytest.Cap
 
 
 def test_a_build_with_perceptual_hashes_writes_the_page_too(photos: Path) -> None:
+    with Image.open(photos / "one/b.png") as image:
+        image.resize((64, 64)).save(photos / "one/b twin.png")
     assert built(photos, "--near-duplicates", "6") == 0
-    assert page_of(photos).read_text("utf-8").startswith("<!DOCTYPE html>")
+    found = open_snapshot(photos.parent / "root").record.near_duplicates
+    assert found is not None
+    told = f"{found['num_images']} image{'s' * (found['num_images'] != 1)} in {found['num_groups']} group"
+    assert f"(at most 6 of 64 bits of a perceptual hash differ): {told}" in text_of(page_of(photos))
+
+
+def test_a_page_of_a_build_that_looked_for_none_tells_of_no_lookalikes(photos: Path) -> None:
+    assert built(photos) == 0
+    assert "Look-alikes" not in text_of(page_of(photos))
 
 
 def test_json_names_the_page(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,9 @@ QUIET = click.option("--quiet", is_flag=True, help="No progress.")
 
 def one_of(**given: object) -> None:
     """Refuse options that contradict each other: at most one of ``given`` may be set."""
-    chosen = ["--" + name.replace("_", "-") for name, value in given.items() if value not in (None, False, ())]
+    chosen = [
+        "--" + name.rstrip("_").replace("_", "-") for name, value in given.items() if value not in (None, False, ())
+    ]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} contradict each other: give one of them")
 

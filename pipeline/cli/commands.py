@@ -60,6 +60,10 @@ def build_options(command: _Command) -> _Command:
             "--classes", metavar="FILE",
             help="Tars, Parquet: labels are numbers; line 1 of FILE is the name of class 0, and so on.",
         ),
+        click.option(
+            "--label-map", metavar="FILE",
+            help="CSV or Parquet with the columns label and class: labels that are another class. See `classes`.",
+        ),
         click.option("--split-column", metavar="NAME", help="Column of splits (tars: as for labels)."),
         click.option("--group-column", metavar="NAME", help="Samples of one group stay in one split."),
         click.option(

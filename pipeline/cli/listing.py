@@ -28,11 +28,11 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([_guarded(value) if isinstance(value, str) else value for value in row] for row in rows)
+    writer.writerows([guarded(value) if isinstance(value, str) else value for value in row] for row in rows)
     return out.getvalue().rstrip("\n")
 
 
-def _guarded(text: str) -> str:
+def guarded(text: str) -> str:
     """OWASP's advice: an apostrophe before what Excel, LibreOffice or Google would run."""
     shown = show.name(text)
     return f"'{shown}" if text.lstrip(" ").startswith(_FORMULA) else shown

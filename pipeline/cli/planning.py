@@ -14,7 +14,7 @@ from pipeline.cli.asking import AT, JSON, command, manifest_names, one_of, polic
 if TYPE_CHECKING:
     from pipeline.plan.outcome import Outcome
     from pipeline.plan.policy import Policy
-    from pipeline.snapshot import Snapshot
+    from pipeline.snapshot import Manifest, Snapshot
 
 _EPOCH_SIZE = click.option(
     "--epoch-size", type=click.IntRange(1), metavar="N", help="Scale the policy to this many draws an epoch."
@@ -204,15 +204,32 @@ def _print_manifests(snapshot: Snapshot, names: Sequence[str], as_json: bool) ->
 
 
 @command(
-    examples=("classes ROOT balanced", "classes ROOT balanced --csv", "classes ROOT natural --class apple --json"),
+    examples=(
+        "classes ROOT balanced",
+        "classes ROOT balanced --csv",
+        "classes ROOT natural --class apple --json",
+        "classes ROOT natural --merge-below 2 --into other",
+    ),
 )
 @click.argument("root")
 @click.argument("manifest_name", metavar="MANIFEST", shell_complete=manifest_names)
 @click.option("--class", "chosen", multiple=True, metavar="NAME", help="This class only; several times.")
 @AT
 @click.option("--csv", "as_csv", is_flag=True, help="All columns as CSV; text that looks like a formula is guarded.")
+@click.option(
+    "--merge-below",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Print a label map (CSV) instead: classes of fewer than N images under another one, for build --label-map.",
+)
+@click.option(
+    "--into", type=click.Choice(["parent", "other"]), help="Which one: the class above in the path, or `other`."
+)
 @JSON
-def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None, as_csv: bool, as_json: bool) -> None:
+def classes(
+    root: str, manifest_name: str, chosen: Sequence[str], at: int | None, as_csv: bool, merge_below: int | None,
+    into: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """What MANIFEST means for each class: images, draws, repeats, priors, weights, and whether it can be evaluated.
 
     log_prior is that of the source, log_q that of the draws. Weights have mean 1 over the draws; they need not sum to
@@ -220,8 +237,15 @@ def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None
     """
     from pipeline.snapshot import open_snapshot
 
-    one_of(csv=as_csv, json=as_json)
-    table = open_snapshot(root, at=at).manifest(manifest_name).per_class()
+    one_of(csv=as_csv, json=as_json, merge_below=merge_below)
+    one_of(class_=chosen, merge_below=merge_below)
+    if (merge_below is None) != (into is None):
+        raise click.UsageError("--merge-below N and --into parent|other go together: give both")
+    manifest = open_snapshot(root, at=at).manifest(manifest_name)
+    if merge_below is not None:
+        _print_label_map(manifest, merge_below, into == "other")
+        return
+    table = manifest.per_class()
     rows: list[dict[str, Any]] = table.to_pylist()
     if chosen:
         rows = _choose(rows, chosen)
@@ -235,6 +259,40 @@ def classes(root: str, manifest_name: str, chosen: Sequence[str], at: int | None
     keys = ("class_id", "name", "group", "available", "target", "withheld", "repeat_factor", "log_prior", "log_q")
     shown = ((*(row[key] for key in keys), "yes" if row["evaluable"] else "no") for row in rows)
     click.echo(show.table((*keys, "evaluable"), shown))
+
+
+def _print_label_map(manifest: Manifest, below: int, into_other: bool) -> None:
+    """Only classes that move; a name that CSV cannot carry as it is stays, and is told."""
+    from pipeline.errors import EvenshardError
+    from pipeline.labels import unguarded
+    from pipeline.plan.merging import merge_into, merge_singletons
+
+    snapshot = manifest.snapshot
+    if "label_map" in snapshot.record.config:
+        raise EvenshardError(
+            f"snapshot {snapshot.number} was built with a label map, so its classes are not the labels of the source: "
+            "add lines to that file instead, or name a snapshot built without one (--at N)"
+        )
+    names: list[str] = snapshot.classes["name"].to_pylist()
+    if into_other:
+        moves = merge_into(names, manifest.available, "other", below)
+    else:
+        parents = merge_singletons(names, manifest.available, below).tolist()
+        moves = {name: names[parent] for name, parent in zip(names, parents, strict=True) if name != names[parent]}
+    carried = {
+        label: name
+        for label, name in moves.items()
+        if all(unguarded(listing.guarded(text)) == text for text in (label, name))
+    }
+    click.echo(listing.csv_text(("label", "class"), carried.items()))
+    kept = show.counted(len(moves) - len(carried), "class", "classes")
+    told = f"{kept} with a name that CSV cannot carry left as it is; " if len(carried) < len(moves) else ""
+    num = show.counted(len(carried), "class", "classes")
+    click.echo(
+        f"{told}{num} of fewer than {below:,} images in {manifest.split} under another one; "
+        "evenshard build SOURCE ROOT --label-map FILE --allow class-map",
+        err=True,
+    )
 
 
 def _choose(rows: list[dict[str, Any]], chosen: Sequence[str]) -> list[dict[str, Any]]:

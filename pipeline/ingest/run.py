@@ -378,7 +378,8 @@ def _opening_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
     if reader is None:
         return {}
     fields, columns = dataclasses.asdict(reader.fields), dataclasses.asdict(reader.columns)
-    named = {} if reader.class_names is None else {"classes": config.meaning()["classes"]}
+    meaning = config.meaning()
+    named = {name: meaning[name] for name in ("classes", "label_map") if name in meaning}
     return {"fields": fields, "columns": columns, "split_from": config.split_from, **named}
 
 

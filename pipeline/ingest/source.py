@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.config import BuildConfig
@@ -31,9 +32,10 @@ from pipeline.ingest.source_files import Place, kind_of, open_place
 from pipeline.ingest.source_folder import FolderListing
 from pipeline.ingest.source_items import Fields, container_kind
 from pipeline.ingest.source_reader import SourceReader
-from pipeline.ingest.source_rows import Rows
+from pipeline.ingest.source_rows import Rows, sort_labels
 from pipeline.ingest.source_table import KINDS, Columns, TableListing, table_kind
 from pipeline.ingest.source_walk import SharedWalk, Workers
+from pipeline.labels import LabelMap
 from pipeline.schema import REFERENCES, Reason
 
 __all__ = ["Container", "ContainerReader", "Listing", "SourceReader", "list_source", "open_originals", "twins"]
@@ -105,13 +107,32 @@ def list_source(config: BuildConfig, opened: Source | None = None, workers: Work
     settled = rows.settle()
     if not settled.references.num_rows:
         raise SourceError(_nothing_found(source, rows, kind))
-    return Listing(
+    listing = Listing(
         references=settled.references,
         class_names=settled.class_names,
         rejects=settled.rejects,
         reader=SourceReader(images, config.max_image_bytes),
         notices=notices + twins(settled.class_names),
         splits_given=splits_given,
+    )
+    return listing if config.label_map is None else _mapped(listing, config.label_map)
+
+
+def _mapped(listing: Listing, given: LabelMap) -> Listing:
+    """The same images under the classes of their labels. In containers, labels are mapped as they are read."""
+    classes = [given.class_of(label) for label in listing.class_names]
+    names = sort_labels(sorted(set(classes)))
+    place = {name: number for number, name in enumerate(names)}
+    ids = np.array([place[name] for name in classes], np.int32)[listing.references["class_id"].to_numpy()]
+    column = REFERENCES.get_field_index("class_id")
+    unused = given.unused(listing.class_names)
+    shown = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
+    told = (f"labels of {given.file} that this source does not have: {len(unused)} ({shown})",) if unused else ()
+    return replace(
+        listing,
+        references=listing.references.set_column(column, REFERENCES.field("class_id"), pa.array(ids)),
+        class_names=names,
+        notices=listing.notices + told,
     )
 
 
@@ -205,7 +226,7 @@ def _list_containers(config: BuildConfig, source: Place, *, is_file: bool) -> Li
         splits_given=listing.has_splits,
         containers=tuple(containers),
         container_reader=ContainerReader(
-            source, listing.fields, listing.columns, config.max_image_bytes, config.classes
+            source, listing.fields, listing.columns, config.max_image_bytes, config.classes, config.label_map
         ),
     )
 

@@ -30,6 +30,7 @@ from pipeline.ingest.source_parquet import (
 from pipeline.ingest.source_rows import SPLIT_NAMES, is_encodable, printable
 from pipeline.ingest.source_streams import Inflated, Listed, open_listed
 from pipeline.ingest.source_webdataset import is_image_name, read_samples
+from pipeline.labels import LabelMap
 from pipeline.schema import SPLIT_UNSET, SPLITS, Reason
 
 NUM_EXAMPLES = 5
@@ -59,11 +60,15 @@ class ContainerReader:
     max_bytes: int
     class_names: tuple[str, ...] | None = None
     """Where labels are numbers: what each is called."""
+    label_map: LabelMap | None = None
 
     def items(self, container: Container) -> Iterator[Item]:
         """Every sample, and whatever else is in there, in the order of the file."""
         items = self._items(container)
-        return items if self.class_names is None else (named(item, self.class_names) for item in items)
+        if self.class_names is not None:
+            return (named(item, self.class_names) for item in items)
+        found = self.label_map
+        return items if found is None else (item._replace(label=found.class_of(item.label)) for item in items)
 
     def _items(self, container: Container) -> Iterator[Item]:
         with open_listed(self.place, container.listed) as file:

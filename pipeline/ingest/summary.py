@@ -22,6 +22,7 @@ from pipeline.config import BuildConfig
 from pipeline.errors import StoreError
 from pipeline.ingest.stats import Description, describe
 from pipeline.ingest.units import UnitRecord
+from pipeline.labels import LabelMap
 from pipeline.plan.policy import parse
 from pipeline.schema import SPLITS
 from pipeline.snapshot import Snapshot
@@ -128,6 +129,8 @@ def equal_command(config: BuildConfig) -> str:
 def _spellings(name: str, value: Any) -> list[str]:
     if name == "manifests":
         return [f"{key}={parse(policy)}" for key, policy in value.items()]
+    if isinstance(value, LabelMap):
+        return [value.file]
     if isinstance(value, tuple):
         return list(value)
     return [redact(value) if isinstance(value, str) else str(value)]

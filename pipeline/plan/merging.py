@@ -17,14 +17,17 @@ from pipeline.errors import UsageError
 IntArray = NDArray[np.int64]
 
 
-def merge_singletons(names: Sequence[str], counts: IntArray) -> IntArray:
+def merge_singletons(names: Sequence[str], counts: IntArray, below: int = 2) -> IntArray:
     """int64 [K]: for a class with one image the nearest class above it in its path that has an image; where there is
-    none, the first of the singletons beside it; itself, if it is alone. For every other class, itself."""
+    none, the first of the singletons beside it; itself, if it is alone. For every other class, itself.
+
+    ``below``: the same for classes of fewer images than that.
+    """
     if len(names) != len(counts):
         raise UsageError(f"{len(names)} class names for counts of {len(counts)} classes; they must be equally many")
     ids = {name: class_id for class_id, name in enumerate(names) if counts[class_id]}
     parents, first = np.arange(len(names)), dict[str, int]()
-    singles = [class_id for class_id in range(len(names)) if counts[class_id] == 1]
+    singles = [class_id for class_id in range(len(names)) if 0 < counts[class_id] < below]
     for class_id in sorted(singles, key=lambda i: (names[i].count("/"), i)):  # ancestors have found their place
         above = _ancestors(names[class_id])
         found = next((ids[name] for name in above if name in ids), None)
@@ -39,6 +42,13 @@ def _ancestors(name: str) -> list[str]:
     """``a/b``, ``a`` of ``a/b/c``."""
     parts = name.split("/")
     return ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+
+
+def merge_into(names: Sequence[str], counts: IntArray, other: str, below: int = 2) -> dict[str, str]:
+    """The classes of 1 to ``below`` - 1 images, all under the one name ``other``."""
+    return {
+        name: other for name, count in zip(names, counts.tolist(), strict=True) if 0 < count < below and name != other
+    }
 
 
 def merged(values: IntArray, parents: IntArray) -> IntArray:
