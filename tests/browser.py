@@ -6,6 +6,7 @@ Nothing but the standard library: messages are JSON, each ended by a zero byte, 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -34,11 +35,12 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(prefix="evenshard-browser-")
         (to_read, ours_to_write), (ours_to_read, to_write) = os.pipe(), os.pipe()
 
+        # Far from 3 and 4, whatever this process has open: one of a pair must not be closed by placing the other.
+        far = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in (to_read, to_write)]
+
         def descriptors() -> None:
-            os.dup2(to_read, 50)  # not onto one that is still needed
-            os.dup2(to_write, 51)
-            os.dup2(50, 3)
-            os.dup2(51, 4)
+            os.dup2(far[0], 3)
+            os.dup2(far[1], 4)
 
         self._process = subprocess.Popen(
             [
@@ -47,11 +49,11 @@ class Browser:
                 "--disable-background-networking", "--disable-component-update",
                 f"--user-data-dir={self._profile.name}", "about:blank",
             ],
-            preexec_fn=descriptors, pass_fds=(3, 4, to_read, to_write),
+            preexec_fn=descriptors, pass_fds=(3, 4),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(to_read)
-        os.close(to_write)
+        for end in (to_read, to_write, *far):
+            os.close(end)
         self._read, self._write = ours_to_read, ours_to_write
         self._buffer = b""
         self._last = 0

@@ -42,6 +42,7 @@ FAILED = {
     "ROOT is a file": ("build {tmp}/photos {tmp}/file", "is a file"),
     "another seed": ("build {tmp}/photos {root} --seed 5", "seed"),
     "nightly's source is not there": ("nightly {tmp}/none {tmp}/r", "none"),
+    "no ROOT whose builds could be told": ("status {tmp}/none", "there is no directory"),
     "no such manifest": ("classes {root} balancd", "did you mean 'balanced'"),
     "no such manifest to export": ("export {root} balancd {tmp}/dest", "did you mean 'balanced'"),
     "no such class": ("classes {root} natural --class aple", "no class 'aple'"),
@@ -111,7 +112,10 @@ WRONG = {
     **{f"no ROOT named: {name}": (name, "Missing") for name in READERS},
     **{f"snapshot 0: {name}": (f"{READERS[name]} --at 0", "x>=1") for name in WITH_AT},
     **{f"no number: {name}": (f"{READERS[name]} --at one", "not a valid") for name in WITH_AT},
-    **{f"{name} takes no such option": (f"{name} x --spilt", "--spilt") for name in ("build", "demo", "nightly")},
+    **{
+        f"{name} takes no such option": (f"{name} x --spilt", "--spilt")
+        for name in ("build", "demo", "nightly", "status")
+    },
 }
 
 
