@@ -199,11 +199,15 @@ def test_a_second_night_is_refused_and_does_nothing(source: Path, root: Path, mo
     held = take_turn(Store(str(root)))
     assert isinstance(held, Turn)
     with held:
+        held.at("verify")
         before = {path: path.stat().st_mtime_ns for path in root.rglob("*.json")}
         found = night(source, root)
         assert (found.outcome, found.exit_code) == ("refused", 1)
         assert f"is under way: process {os.getpid()} on " in found.errors[0]["message"]
         assert {path: path.stat().st_mtime_ns for path in root.rglob("*.json")} == before
+        shown = CliRunner().invoke(cli, ["status", str(root)]).stdout
+        assert f"nightly run 2: process {os.getpid()} on " in shown
+        assert "at step 'verify'" in shown
     assert find_holder(Store(str(root))) is None
 
 
