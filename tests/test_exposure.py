@@ -48,9 +48,11 @@ def dashboard(status: int, asked: list[tuple[str, dict[str, str]]] | None = None
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager
@@ -67,8 +69,10 @@ def rpc(answer: Callable[[grpc.ServicerContext], bytes], asked: list[str] | None
     server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Handler()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None).wait()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 def refusing(context: grpc.ServicerContext) -> bytes:
