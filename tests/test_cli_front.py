@@ -52,6 +52,17 @@ def test_every_command_has_examples_and_debug() -> None:
         assert "--debug" in command.get_help(click.Context(command, info_name=name))
 
 
+@pytest.mark.parametrize(("columns", "widest"), [(80, 80), (300, 100)])
+def test_help_fits_the_terminal_and_stays_readable(
+    columns: int, widest: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("", *commands()):
+        assert call(*filter(None, (name, "--help"))) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if len(line) > widest] == []
+
+
 def test_every_reader_speaks_json() -> None:
     readers = set(commands()) - {"completion", "demo"}
     assert [name for name in readers if not any("--json" in param.opts for param in commands()[name].params)] == []

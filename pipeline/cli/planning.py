@@ -33,7 +33,7 @@ def _policy(text: str, epoch_size: int | None) -> Policy:
     examples=(
         "plan ROOT",
         "plan ROOT --policy natural --policy power:alpha=0.5,max_repeat=10",
-        "plan ROOT --policy ten_to_one --epoch-size 100000 --batch 1024 --json",
+        "plan ROOT --policy ten_to_one --epoch-size 100000 --batch 512 --json",
     )
 )
 @click.argument("root")

@@ -42,6 +42,7 @@ from pipeline.ingest.units import Pack, UnitRecord
 from pipeline.ingest.vitals import Vitals
 from pipeline.ingest.work import Progress, Work
 from pipeline.plan.policy import parse
+from pipeline.plan.spelling import counted
 from pipeline.schema import (
     DEPARTED,
     HASHED_FORMAT_VERSION,
@@ -440,8 +441,8 @@ def _notices(past: Past, samples: Samples, settled: Settlement, class_names: tup
     if len(bare):
         shown = ", ".join(class_names[c] for c in bare[:5]) + (", ..." if len(bare) > 5 else "")
         told.append(
-            f"{len(bare)} class(es) have images, but none in train ({shown}): all of theirs were held out before, or "
-            "by the source, and no image moves; new images of them will train"
+            f"{counted(len(bare), 'class has', 'classes have')} images, but none in train ({shown}): all of "
+            "theirs were held out before, or by the source, and no image moves; new images of them will train"
         )
     before = past.split_of(samples.key, samples.digest)
     moved = int(np.count_nonzero(stays & (before != SPLIT_UNSET) & (before != settled.split)))

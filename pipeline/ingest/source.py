@@ -313,4 +313,5 @@ def twins(names: Sequence[str]) -> tuple[str, ...]:
     twins = [" and ".join(repr(name) for name in group) for group in alike.values() if len(group) > 1]
     if not twins:
         return ()
-    return (f"{len(twins)} group(s) of class names differ only in case or encoding: {'; '.join(twins[:NUM_EXAMPLES])}",)
+    groups = "1 group of class names differs" if len(twins) == 1 else f"{len(twins)} groups of class names differ"
+    return (f"{groups} only in case or encoding: {'; '.join(twins[:NUM_EXAMPLES])}",)

@@ -179,7 +179,8 @@ class FolderListing:
         if not moved:
             return ()
         examples = "; ".join(f"{label!r}: {_listed(sorted(folders_of[label]))}" for label in moved[:NUM_EXAMPLES])
-        return (f"{len(moved)} class(es) lie under different parents in different splits, taken as one: {examples}",)
+        classes = "1 class lies" if len(moved) == 1 else f"{len(moved)} classes lie"
+        return (f"{classes} under different parents in different splits, taken as one: {examples}",)
 
 
 def _join(folder: str, name: str) -> str:
