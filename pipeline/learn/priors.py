@@ -1,0 +1,233 @@
+"""Which prior a model's logits carry, and Bayes' rule to make it another one.
+
+In: logits ``[N, K]`` and the log prior they carry, from a manifest. Out: logits for another prior, the prior of
+unlabelled images, a temperature. Guarantees: numpy only, float64; a correction starts from the prior that the logits
+have, or is refused; a class that the model never met stays impossible, it is never smoothed.
+
+One identity is used throughout (``plan.manifest``; Menon et al., ICLR 2021, for the offset): a network trained on draws
+``q`` with loss weights ``w`` and an offset ``a`` added to its logits in the loss carries ``log q + log w - a``. The
+multiclass Bayes' rule then moves its logits to a prior ``p``: ``z + log p - (log q + log w - a)``. The one-against-rest
+form that circulates (it scales the odds of each class by itself) is another rule, and picks other classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.errors import UsageError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.integer[Any]]
+
+_SAME = 1e-6
+"""Two log priors that differ by less are one: manifests are integers, so that real differences are larger."""
+
+
+def normalised(log_prior: ArrayLike) -> Floats:
+    """float64 ``[K]`` whose exponentials sum to 1; ``-inf`` stays. Refuses what is no log prior."""
+    values = np.asarray(log_prior, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or np.isnan(values).any() or np.isposinf(values).any():
+        raise UsageError(f"a log prior is one number or -inf for each class, not {_shown(values)}")
+    if not np.isfinite(values).any():
+        raise UsageError(f"a log prior needs a class that can occur; all {len(values)} are -inf")
+    return values - _logsumexp(values[None])[0]
+
+
+def uniform(log_prior: Floats) -> Floats:
+    """float64 ``[K]``: equal shares of all classes that can occur under ``log_prior``."""
+    return normalised(np.where(np.isfinite(log_prior), 0.0, -np.inf))
+
+
+def carried(log_q: Floats, weights: Floats | None = None, offset: Floats | None = None) -> Floats:
+    """The prior that logits carry after training on draws ``q``: log q + log w - a, normalised; float64 ``[K]``.
+
+    ``log_q`` is ``manifest.log_q``, ``weights`` the class weights of the loss, ``offset`` what the loss added to the
+    logits (``log_q`` itself for balanced softmax: what is left is uniform). A class without draws stays ``-inf``.
+    """
+    drawn = np.isfinite(log_q)
+    w = np.ones_like(log_q) if weights is None else np.asarray(weights, dtype=np.float64)
+    a = np.zeros_like(log_q) if offset is None else np.asarray(offset, dtype=np.float64)
+    if w.shape != log_q.shape or a.shape != log_q.shape:
+        raise UsageError(f"log_q, weights and offset must have one shape; found {log_q.shape}, {w.shape}, {a.shape}")
+    if not ((w > 0) & np.isfinite(w) & np.isfinite(a))[drawn].all():
+        raise UsageError("weights of drawn classes must be positive, and offsets finite: otherwise nothing was learned")
+    result = np.full(len(log_q), -np.inf)
+    result[drawn] = log_q[drawn] + np.log(w[drawn]) - a[drawn]
+    return normalised(result)
+
+
+def step(source: Floats, target: Floats) -> Floats:
+    """float64 ``[K]`` to be added to logits that carry ``source`` so that they carry ``target``; ``-inf`` for a class
+    that either of them rules out."""
+    if source.shape != target.shape:
+        raise UsageError(f"the two priors are over {source.shape} and {target.shape} classes; they must be the same")
+    possible = np.isfinite(source) & np.isfinite(target)
+    if not possible.any():
+        raise UsageError("no class can occur under both priors: there is nothing to predict")
+    result = np.full(len(source), -np.inf)
+    result[possible] = target[possible] - source[possible]
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Logits with the prior that they carry, so that nobody corrects them twice.
+
+    ``values``: floats ``[N, K]``, any constant per row. ``log_prior``: float64 ``[K]``.
+    """
+
+    values: NDArray[np.floating[Any]]
+    log_prior: Floats
+
+    def __post_init__(self) -> None:
+        prior = normalised(self.log_prior)
+        if self.values.ndim != 2 or self.values.shape[1] != len(prior):
+            raise UsageError(f"logits must be [N, {len(prior)}] for a prior over {len(prior)} classes, not "
+                             f"{list(self.values.shape)}")  # fmt: skip
+        object.__setattr__(self, "log_prior", prior)
+
+    def corrected(self, target: ArrayLike, source: ArrayLike | None = None) -> Logits:
+        """The same predictions where classes are as frequent as ``target`` says (a log prior).
+
+        ``source``: the prior that the caller takes the logits for. UsageError if they carry another one, which is what
+        happens when they were corrected before.
+        """
+        if source is not None:
+            self._check(normalised(source))
+        wanted = normalised(target)
+        shift = step(self.log_prior, wanted)
+        return Logits(self.values + shift, np.where(np.isfinite(shift), wanted, -np.inf))
+
+    def probabilities(self) -> Floats:
+        """float64 ``[N, K]``, rows sum to 1."""
+        return np.exp(log_softmax(self.values))
+
+    def _check(self, source: Floats) -> None:
+        if source.shape != self.log_prior.shape:
+            raise UsageError(f"the logits are of {len(self.log_prior)} classes, the prior of {len(source)}")
+        one_sided = np.isfinite(source) != np.isfinite(self.log_prior)
+        both = np.isfinite(source) & np.isfinite(self.log_prior)
+        apart = np.abs(source[both] - self.log_prior[both]).max(initial=0.0)
+        if one_sided.any() or apart > _SAME:
+            what = f"by up to a factor of {np.exp(min(apart, 700.0)):,.3g}" if apart > _SAME else "in what can occur"
+            raise UsageError(
+                f"these logits do not carry the prior that they are to be corrected from: it differs {what}. Were they "
+                "corrected before? Correct them once, from the prior of their training"
+            )
+
+
+# -- an unknown prior -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Estimate:
+    """A prior found by EM. Where ``converged`` is False, ``change`` says how far its last step still went."""
+
+    log_prior: Floats
+    converged: bool
+    num_steps: int
+    change: float
+    """The largest change of a class's share in the last step."""
+    log_likelihood: tuple[float, ...]
+    """Mean over the images, before each step and at the end, up to a constant; it never falls."""
+
+
+def estimate_prior(logits: Logits, *, tolerance: float = 1e-6, max_steps: int = 1000) -> Estimate:
+    """The class shares of the images that ``logits`` [N, K] were computed for, without their labels.
+
+    Saerens, Latinne and Decaestecker, Neural Computation 14 (2002): starting from the prior that the logits carry,
+    predict under the current estimate, take the mean prediction as the next one. It ascends the likelihood, and is as
+    good as the logits are calibrated: set their temperature first. Rare classes often end near 0.
+    """
+    if not len(logits.values):
+        raise UsageError("a prior is estimated from images; there is none")
+    if not tolerance > 0 or max_steps < 1:
+        raise UsageError(f"tolerance must be above 0 and max_steps at least 1, not {tolerance} and {max_steps}")
+    start = logits.log_prior
+    evidence = logits.values + step(start, uniform(start))  # log p(x|c), up to a constant per image
+    share, told, change = np.exp(start), list[float](), np.inf
+    while len(told) < max_steps and change >= tolerance:
+        posterior, likelihood = _expected(evidence, share)
+        told.append(likelihood)
+        after = posterior.mean(axis=0)
+        change, share = float(np.abs(after - share).max()), after
+    num_steps = len(told)
+    told.append(_expected(evidence, share)[1])
+    return Estimate(
+        log_prior=normalised(_log(share)),
+        converged=change < tolerance,
+        num_steps=num_steps,
+        change=change,
+        log_likelihood=tuple(told),
+    )
+
+
+def _expected(evidence: Floats, share: Floats) -> tuple[Floats, float]:
+    joint = evidence + _log(share)
+    total = _logsumexp(joint)
+    return np.exp(joint - total[:, None]), float(total.mean())
+
+
+# -- temperature ------------------------------------------------------------------------------------------------------
+
+MAX_SHARPNESS = 1e4
+
+
+def temperature(values: NDArray[np.floating[Any]], labels: Ints) -> float:
+    """The T > 0 for which softmax(values / T) has the least negative log-likelihood on validation images.
+
+    Guo et al., ICML 2017. ``values``: logits [N, K], ``labels``: int [N]. The log-likelihood is concave in 1/T, so its
+    slope is bisected. Where the best is at an end (all are right: sharper is always better; or worse than chance), the
+    end is returned: 1/T within [1/MAX_SHARPNESS, MAX_SHARPNESS]. Images whose own class is impossible say nothing of T
+    and are left out.
+    """
+    if len(values) != len(labels) or values.ndim != 2:
+        raise UsageError(f"expected logits [N, K] and N labels, found {list(values.shape)} and {list(labels.shape)}")
+    own = values[np.arange(len(values)), labels]
+    kept = np.isfinite(own)
+    if not kept.any():
+        raise UsageError("a temperature needs validation images of classes that the logits allow; there is none")
+    z = values[kept].astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    own = z[np.arange(len(z)), labels[kept]]
+    finite = np.where(np.isfinite(z), z, 0.0)
+
+    def slope(sharpness: float) -> float:  # of the mean log-likelihood
+        return float((own - (np.exp(log_softmax(z * sharpness)) * finite).sum(axis=1)).mean())
+
+    low, high = -np.log(MAX_SHARPNESS), np.log(MAX_SHARPNESS)
+    if slope(np.exp(high)) >= 0:
+        return float(np.exp(-high))
+    if slope(np.exp(low)) <= 0:
+        return float(np.exp(-low))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(np.exp(middle)) > 0 else (low, middle)
+    return float(np.exp(-(low + high) / 2))
+
+
+def log_softmax(values: NDArray[np.floating[Any]]) -> Floats:
+    """float64 ``[N, K]``: log probabilities of logits; a row of nothing but ``-inf`` becomes NaN."""
+    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return wide - _logsumexp(wide)[:, None]
+
+
+def _logsumexp(values: Floats) -> Floats:
+    top = values.max(axis=1)
+    shift = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(values - shift[:, None]).sum(axis=1)) + shift
+
+
+def _log(share: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.log(share)
+
+
+def _shown(values: NDArray[Any]) -> str:
+    return f"shape {list(values.shape)}" if values.ndim != 1 or not len(values) else f"{values[:5].tolist()}..."
