@@ -142,7 +142,7 @@ def keep(
 ) -> Kept:
     """What the last build found in containers that have not changed, if it read by the same rules."""
     nothing = Kept(frozenset(), REFERENCES.empty_table(), (), REJECTS.empty_table())
-    if notes is None or parent is None or notes.settings != settings:
+    if notes is None or parent is None or notes.settings != settings or notes.references is None:
         return nothing
     noted = notes.references["fingerprint"].to_numpy()
     present = set(np.unique(noted).tolist())
@@ -159,11 +159,12 @@ def keep(
 
 def _rejects_within(rejects: pa.Table, names: frozenset[str], references: pa.Table) -> pa.Table:
     """Rejects that lie in these containers and are no references: the others are told of as references are."""
-    known = set(references["key"].to_numpy().tolist())
+    keys = np.array([int(key or "0", 16) for key in rejects["key"].to_pylist()], np.uint64)
+    is_known = np.isin(keys, references["key"].to_numpy()).tolist()
     rows = [
         row
-        for row, (path, key) in enumerate(zip(rejects["path"].to_pylist(), rejects["key"].to_pylist(), strict=True))
-        if int(key or "0", 16) not in known and _container_of(path, names) is not None
+        for row, (path, known) in enumerate(zip(rejects["path"].to_pylist(), is_known, strict=True))
+        if not known and _container_of(path, names) is not None
     ]
     return rejects.take(pa.array(rows, pa.int64()))
 

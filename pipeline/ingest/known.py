@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from pipeline.ingest.past import Lookup, Past
 from pipeline.ingest.units import Hashing
 from pipeline.schema import REFERENCES, FileRef, Reason, tar_path
 from pipeline.snapshot import Snapshot
-from pipeline.store import Store, ipc_to_table, make_ref, table_to_ipc
+from pipeline.store import HashedSink, Store, ipc_to_table, write_ipc
 
 NOTES_FORMAT_VERSION = 1
 
@@ -38,26 +39,52 @@ _RULES = ("check", "max_pixels", "max_bytes", "max_cpu_s")
 """Settings that another build may change without reading all again; a larger file, the listing itself refuses."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_HEAD_BYTES = 1 << 16
+"""Of notes, to be read at first; a long list of classes takes more."""
+
+
 class Notes:
     """The listing that a snapshot was built from, and the rules under which its files were read."""
 
-    references: pa.Table
-    settings: Mapping[str, Any]  # of reading: place, check, limits, versions
-    listing: str  # digest of everything that the listing said
-    is_final: bool  # no file was refused for a reason that may pass by itself
+    def __init__(self, head: Mapping[str, Any], read: Callable[[], memoryview]) -> None:
+        self.settings: Mapping[str, Any] = dict(head["settings"])
+        """Of reading: place, check, limits, versions."""
+        self.listing = str(head["listing"])
+        """Digest of everything that the listing said."""
+        self.is_final = head["is_final"] is True
+        """No file was refused for a reason that may pass by itself."""
+        self._ref = FileRef.from_json(head["references"])
+        self._read = read
 
-    def encode(self) -> bytes:
-        body = table_to_ipc(self.references)
-        head = {
-            "format": "evenshard-listing",
-            "format_version": NOTES_FORMAT_VERSION,
-            "settings": self.settings,
-            "listing": self.listing,
-            "is_final": self.is_final,
-            "references": make_ref(body, self.references.num_rows).to_json() | {"blocks": ""},
-        }
-        return json.dumps(head, sort_keys=True).encode() + b"\n" + body
+    @cached_property
+    def references(self) -> pa.Table | None:
+        """The listing, which is read when it is asked for; None if it is damaged."""
+        try:
+            body = self._read()
+            if hashlib.sha256(body).hexdigest() != self._ref.sha256:
+                return None
+            return ipc_to_table(body, REFERENCES, "notes")
+        except (StoreError, IntegrityError):
+            return None
+
+
+def encode_notes(references: pa.Table, *, settings: Mapping[str, Any], listing: str, is_final: bool) -> memoryview:
+    """A file of notes: a line of JSON, then the listing as an Arrow file. Written twice: its hash comes first."""
+    body = HashedSink()
+    write_ipc(references, body)
+    ref = FileRef(sha256=body.hash.hexdigest(), size=body.num_bytes, num_rows=references.num_rows)
+    head = {
+        "format": "evenshard-listing",
+        "format_version": NOTES_FORMAT_VERSION,
+        "settings": settings,
+        "listing": listing,
+        "is_final": is_final,
+        "references": ref.to_json() | {"blocks": ""},
+    }
+    whole = pa.BufferOutputStream()
+    whole.write(json.dumps(head, sort_keys=True).encode() + b"\n")
+    write_ipc(references, HashedSink(whole))
+    return memoryview(whole.getvalue())
 
 
 def notes_path(snapshot_id: str) -> str:
@@ -66,21 +93,21 @@ def notes_path(snapshot_id: str) -> str:
 
 
 def read_notes(store: Store, snapshot_id: str) -> Notes | None:
-    """The notes on a snapshot; None if there are none that can be used."""
+    """The notes on a snapshot; None if there are none that can be used. Of the listing in them nothing is read yet."""
     path = notes_path(snapshot_id)
     try:
-        head, _, body = store.read(path).partition(b"\n")
-        values = json.loads(head)
-        ref = FileRef.from_json(values["references"])
-        if values["format_version"] != NOTES_FORMAT_VERSION or hashlib.sha256(body).hexdigest() != ref.sha256:
+        entry = store.entry(path)
+        if entry is None:
             return None
-        table = ipc_to_table(body, REFERENCES, path)
-        return Notes(
-            references=table,
-            settings=dict(values["settings"]),
-            listing=str(values["listing"]),
-            is_final=values["is_final"] is True,
-        )
+        head = store.read_range(path, 0, min(entry.size, _HEAD_BYTES))
+        if b"\n" not in head:
+            head = store.read(path)
+        line, newline, _ = head.partition(b"\n")
+        values = json.loads(line)
+        start = len(line) + len(newline)
+        if values["format_version"] != NOTES_FORMAT_VERSION:
+            return None
+        return Notes(values, lambda: memoryview(store.read(path))[start:])
     except (StoreError, IntegrityError, ValueError, KeyError, TypeError):
         return None
 
@@ -150,7 +177,7 @@ def find_known(
 ) -> Known:
     """What the past says of each listed file whose fingerprint is the one in the notes, unless its tar was ``lost``."""
     known = nothing_known(references.num_rows)
-    if notes is None or parent is None or not _comparable(settings, notes.settings):
+    if notes is None or parent is None or not _comparable(settings, notes.settings) or notes.references is None:
         return known
     keys = references["key"].to_numpy()
     same = _unchanged(references, notes.references)

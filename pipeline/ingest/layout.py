@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.ingest.known import Known
 from pipeline.ingest.past import Past
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.settle import Samples, Settlement
 from pipeline.ingest.trie import leaves, shard_hash
 from pipeline.ingest.units import (
@@ -67,54 +68,59 @@ def reading_units(references: pa.Table, split: NDArray[np.int8], rule: ShardRule
 
 
 def gather(
-    store: Store, references: pa.Table, known: Known, past: Past, records: Sequence[UnitRecord]
+    store: Store, references: pa.Table, known: Known, past: Past, records: Sequence[UnitRecord], scratch: Scratch
 ) -> tuple[Samples, tuple[Pack, ...]]:
     """All images whose bytes are known, and the packs that hold them: those of the past, then those read now."""
-    packs = list(past.packs)
-    old = np.flatnonzero(known.row >= 0)
-    row = known.row[old]
-    held = [(past.pack[row], past.row[row], past.class_id[row], past.split[row], past.group[row])]
-    rows, digests, looks = [old], [past.digest[row]], [(past.phash[row], past.hashing[row])]
-    out = np.flatnonzero(known.expelled)
-    nowhere = np.full(len(out), -1, np.int32)
-    held.append((nowhere, nowhere, nowhere, nowhere.astype(np.int8), np.zeros(len(out), np.uint64)))
-    rows.append(out)
-    digests.append(known.digest[out])
-    looks.append((known.phash[out], known.hashing[out]))
-    keys = references["key"].to_numpy()
-    for record in records:
-        if record.pack is None:
-            continue
-        index = read_index(store, record.pack)
-        number = np.full(index.num_rows, len(packs), np.int32)
-        first = index["split"][0].as_py()  # '' in what a container became: it is no shard of any split
-        code = np.full(index.num_rows, SPLITS.index(first) if first else SPLIT_UNSET, np.int8)
-        packs.append(record.pack)
-        place = np.arange(index.num_rows, dtype=np.int32)
-        held.append((number, place, index["class_id"].to_numpy(), code, index["group"].to_numpy()))
-        rows.append(np.searchsorted(keys, index_keys(index)))
-        digests.append(index_digests(index))
-        looks.append(index_hashes(index))
-    pack, place, held_class, held_split, held_group = (np.concatenate(part) for part in zip(*held, strict=True))
-    phash, hashing = (np.concatenate(part) for part in zip(*looks, strict=True))
-    reference = np.concatenate(rows)
+    old, out = np.flatnonzero(known.row >= 0), np.flatnonzero(known.expelled)
+    read = [record.pack for record in records if record.pack is not None]
+    packs = (*past.packs, *read)
+    num = len(old) + len(out) + sum(pack.index.num_rows for pack in read)
+    reference = scratch.zeros(num, np.int32)
     samples = Samples(
         reference=reference,
-        key=keys[reference],
-        class_id=references["class_id"].to_numpy()[reference],
-        given=references["split"].to_numpy()[reference],
-        group=references["group"].to_numpy()[reference],
-        size=references["size"].to_numpy()[reference],
-        digest=np.concatenate(digests),
-        pack=pack,
-        row=place,
-        held_class=held_class,
-        held_split=held_split,
-        held_group=held_group,
-        phash=phash,
-        hashing=hashing,
+        digest=scratch.zeros((num, 4), np.uint64),
+        pack=scratch.zeros(num, np.int32),
+        row=scratch.zeros(num, np.int32),
+        held_class=scratch.zeros(num, np.int32),
+        held_split=scratch.zeros(num, np.int8),
+        held_group=scratch.zeros(num, np.uint64),
+        phash=scratch.zeros(num, np.uint64),
+        hashing=scratch.zeros(num, np.int8),
+        # Known when it is known which references these are:
+        key=scratch.zeros(num, np.uint64),
+        class_id=scratch.zeros(num, np.int32),
+        given=scratch.zeros(num, np.int8),
+        group=scratch.zeros(num, np.uint64),
+        size=scratch.zeros(num, np.int64),
     )
-    return samples, tuple(packs)
+    part, row = slice(0, len(old)), known.row[old]
+    reference[part], samples.digest[part] = old, past.digest[row]
+    samples.pack[part], samples.row[part] = past.pack[row], past.row[row]
+    samples.held_class[part], samples.held_split[part] = past.class_id[row], past.split[row]
+    samples.held_group[part] = past.group[row]
+    samples.phash[part], samples.hashing[part] = past.phash[row], past.hashing[row]
+    part = slice(len(old), len(old) + len(out))
+    reference[part], samples.digest[part] = out, known.digest[out]
+    samples.pack[part] = samples.row[part] = samples.held_class[part] = samples.held_split[part] = -1
+    samples.phash[part], samples.hashing[part] = known.phash[out], known.hashing[out]
+    keys = references["key"].to_numpy()
+    start = len(old) + len(out)
+    for number, pack in enumerate(read, len(past.packs)):
+        index = read_index(store, pack)
+        part = slice(start, start := start + index.num_rows)
+        first = index["split"][0].as_py()  # '' in what a container became: it is no shard of any split
+        samples.held_split[part] = SPLITS.index(first) if first else SPLIT_UNSET
+        samples.pack[part], samples.row[part] = number, np.arange(index.num_rows)
+        samples.held_class[part], samples.held_group[part] = index["class_id"].to_numpy(), index["group"].to_numpy()
+        reference[part], samples.digest[part] = np.searchsorted(keys, index_keys(index)), index_digests(index)
+        if "phash" in index.column_names:  # else zeros, which were never written, take no memory
+            samples.phash[part], samples.hashing[part] = index_hashes(index)
+    scratch.rest()
+    for name, column in (("given", "split"), ("key", "key"), ("class_id", "class_id"), ("group", "group")):
+        np.take(references[column].to_numpy(), reference, out=getattr(samples, name), mode="clip")
+    np.take(references["size"].to_numpy(), reference, out=samples.size, mode="clip")  # clip: without a copy
+    scratch.rest()
+    return samples, packs
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.units import Pack, index_digests, index_hashes, index_keys, read_index
 from pipeline.schema import DEPARTED, SPLIT_UNSET, SPLITS, FileRef
 from pipeline.snapshot import Snapshot
@@ -66,8 +67,14 @@ class Past:
         gone = _values(Lookup.of(_column(self.departed, "content")), word, _column(self.departed, "split"))
         return _or_else(_values(self._by_content, word, self.split), gone, self.split_of_key(key))
 
-    def departures(self, key: NDArray[np.uint64], digest: NDArray[np.uint64]) -> pa.Table:
-        """DEPARTED of a snapshot with these images: whoever was in a split and is in none now."""
+    def departures(self, key: NDArray[np.uint64], word: NDArray[np.uint64], stays: NDArray[np.bool_]) -> pa.Table:
+        """DEPARTED of a snapshot with those images that stay: whoever was in a split and is in none now.
+
+        ``word`` is the first of each digest.
+        """
+        if not len(self.key) and not self.departed.num_rows:
+            return DEPARTED.empty_table()
+        key, word = key[stays], word[stays]
         was: dict[str, NDArray[Any]] = {
             "key": np.concatenate([self.key, _column(self.departed, "key")]),
             "content": np.concatenate([self.digest[:, 0], _column(self.departed, "content")]),
@@ -75,7 +82,7 @@ class Past:
         }
         now = Lookup.of(key).find(was["key"])
         here = now >= 0
-        here[here] = digest[now[here], 0] == was["content"][here]
+        here[here] = word[now[here]] == was["content"][here]
         gone = np.flatnonzero(~here)
         gone = gone[np.lexsort((gone, was["content"][gone], was["key"][gone]))]
         again = np.zeros(len(gone), np.bool_)  # the newest entry of each comes first
@@ -103,22 +110,22 @@ class Lookup:
         return np.where(self.values[near] == wanted, self.places[near], -1)
 
 
-def load_past(store: Store, parent: Snapshot | None) -> Past:
+def load_past(store: Store, parent: Snapshot | None, scratch: Scratch) -> Past:
     """Read the indexes of ``parent``; an empty past where there is none."""
     shards = parent.shards.to_pylist() if parent else []
     total = sum(shard["num_samples"] for shard in shards)
     past = Past(
         packs=tuple(_pack(shard) for shard in shards),
-        key=np.empty(total, np.uint64),
-        class_id=np.empty(total, np.int32),
-        split=np.empty(total, np.int8),
-        group=np.empty(total, np.uint64),
-        digest=np.empty((total, 4), np.uint64),
-        num_pixels=np.empty(total, np.int64),
-        phash=np.empty(total, np.uint64),
-        hashing=np.empty(total, np.int8),
-        pack=np.empty(total, np.int32),
-        row=np.empty(total, np.int32),
+        key=scratch.zeros(total, np.uint64),
+        class_id=scratch.zeros(total, np.int32),
+        split=scratch.zeros(total, np.int8),
+        group=scratch.zeros(total, np.uint64),
+        digest=scratch.zeros((total, 4), np.uint64),
+        num_pixels=scratch.zeros(total, np.int64),
+        phash=scratch.zeros(total, np.uint64),
+        hashing=scratch.zeros(total, np.int8),
+        pack=scratch.zeros(total, np.int32),
+        row=scratch.zeros(total, np.int32),
         departed=_departed(parent),
     )
     start = 0
@@ -129,7 +136,8 @@ def load_past(store: Store, parent: Snapshot | None) -> Past:
         past.class_id[part], past.group[part] = index["class_id"].to_numpy(), index["group"].to_numpy()
         past.split[part] = SPLITS.index(shard["split"])
         past.num_pixels[part] = index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy()
-        past.phash[part], past.hashing[part] = index_hashes(index)
+        if "phash" in index.column_names:
+            past.phash[part], past.hashing[part] = index_hashes(index)
         past.pack[part], past.row[part] = number, np.arange(pack.index.num_rows)
     return past
 

@@ -9,8 +9,6 @@ read in Ray tasks, one per unit, and never pass through this process.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -26,12 +24,14 @@ from pipeline.errors import CommitError, SourceError
 from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
-from pipeline.ingest.known import Known, Notes, find_known, lost_tars, notes_path, read_notes
+from pipeline.ingest.identity import build_id, content_bytes, listing_digest, reading_settings
+from pipeline.ingest.known import Known, encode_notes, find_known, lost_tars, notes_path, read_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
 from pipeline.ingest.past import Past, load_past
 from pipeline.ingest.rejects import is_passing, read_rejects, reject_table
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.settle import Samples, Settlement, settle
 from pipeline.ingest.shards import pack_source, repack
 from pipeline.ingest.source import Container, Listing, list_source, open_source
@@ -54,8 +54,8 @@ from pipeline.schema import (
     FileRef,
     SnapshotRecord,
 )
-from pipeline.snapshot import Snapshot, encode_record, open_snapshot, record_id, snapshot_exists
-from pipeline.store import Store, put_table, redact, table_to_ipc
+from pipeline.snapshot import Snapshot, open_snapshot, record_id, snapshot_exists
+from pipeline.store import Store, put_table, redact
 
 QUIET_S = 600.0
 """What a killed build left in staging/ goes after so long without a touch; sooner, its killer may still be at work."""
@@ -92,15 +92,16 @@ def _run_build(config: BuildConfig, notify: Vitals) -> BuildSummary:
     parent = open_snapshot(config.root) if snapshot_exists(store) else None
     _check_parent(config, parent)
     notify("list", 0, 0)
+    scratch = Scratch()
     with Work(config, store, parent, notify) as work:
-        listing = _with_class_ids_of(parent, list_source(config, source, work))
-        build = _Build(config, store, parent, listing, notify)
+        listing = _with_class_ids_of(parent, list_source(config, source, work, scratch))
+        build = _Build(config, store, parent, listing, notify, scratch)
         content = build.unchanged() or build.run(work)
     base = Base(content.class_table, content.classes, content.shards, content.samples)
     record = SnapshotRecord(
         number=parent.number + 1 if parent else 1,
         parent=record_id(parent.record) if parent else "",
-        build_id=_build_id(config, build.listing),
+        build_id=build_id(config, build.listing),
         seed=config.seed,
         classes=content.classes,
         shards=content.shards,
@@ -116,7 +117,7 @@ def _run_build(config: BuildConfig, notify: Vitals) -> BuildSummary:
         near_duplicates=content.near_duplicates,
         format_version=SNAPSHOT_FORMAT_VERSION if content.near_duplicates is None else HASHED_FORMAT_VERSION,
     )
-    changed = parent is None or _content(record) != _content(parent.record)
+    changed = parent is None or content_bytes(record) != content_bytes(parent.record)
     snapshot = Snapshot(store, record) if changed or parent is None else parent
     summary = summarise(snapshot, parent, build.records, (*build.listing.notices, *content.notices))
     build.note(snapshot)
@@ -142,18 +143,36 @@ class _Content:
     notices: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What comes of all images, once their shards are written."""
+
+    shards: Sequence[Written]
+    rejects: pa.Table
+    departed: pa.Table
+    near_duplicates: Mapping[str, int] | None
+    notices: tuple[str, ...]
+
+
 class _Build:
     """The steps between the listing and the manifests. ``records`` are the units that were read."""
 
     def __init__(
-        self, config: BuildConfig, store: Store, parent: Snapshot | None, listing: Listing, notify: Progress
+        self,
+        config: BuildConfig,
+        store: Store,
+        parent: Snapshot | None,
+        listing: Listing,
+        notify: Progress,
+        scratch: Scratch,
     ) -> None:
         self.listing = listing
         self.records: list[UnitRecord] = []
         self._config, self._store, self._parent, self._notify = config, store, parent, notify
+        self._scratch = scratch
         self._notes = read_notes(store, record_id(parent.record)) if parent else None
-        self._settings = _reading_settings(config, listing)
-        self._listed = _listing_digest(config, listing)
+        self._settings = reading_settings(config, listing)
+        self._listed = listing_digest(config, listing)
         self._lost = lost_tars(store, parent)
         self._is_final = True  # no file was refused for a reason that may pass by itself
         self._opened: set[int] = set()  # tokens of containers that were read
@@ -168,6 +187,8 @@ class _Build:
             return None
         record = parent.record
         if self.listing.containers:  # what is in them is what it was
+            if notes.references is None:
+                return None
             self.listing = dataclasses.replace(self.listing, references=notes.references)
         guards.check(self._config, None, parent.rejects, self._num_listed())
         return _Content(
@@ -183,25 +204,37 @@ class _Build:
 
     def run(self, work: Work) -> _Content:
         """Read what is not known, settle who is in, write the shards and tables that this changes."""
-        past = load_past(self._store, self._parent)
+        made = self._make_shards(work)
+        self._notify("tables", 0, 0)
+        self._scratch.rest()
+        tables = put_tables(self._store, made.shards, self.listing.class_names, seed=self._config.seed)
+        departed = made.departed
+        return _Content(
+            classes=tables.classes,
+            shards=tables.shards,
+            samples=tables.samples,
+            rejects=put_table(self._store, made.rejects, REJECTS),
+            departed=put_table(self._store, departed, DEPARTED) if departed.num_rows else None,
+            class_table=tables.class_table,
+            num_images=tables.num_images,
+            near_duplicates=made.near_duplicates,
+            notices=made.notices,
+        )
+
+    def _make_shards(self, work: Work) -> _Made:
+        """What has a value for every image lives no longer than this."""
+        past = load_past(self._store, self._parent, self._scratch)
         self._open_containers(work)
         _check_train(self._config, self.listing.references["split"].to_numpy())
         known, samples, settled, packs = self._read_and_settle(work, past)
         rejects = self._rejects(known, samples, settled)
         self._guard(past, samples, settled, rejects)
         shards = self._write(work, samples, settled, packs)
-        self._notify("tables", 0, 0)
         stays, near = settled.split != SPLIT_UNSET, self._config.near_duplicates
-        departed = past.departures(samples.key[stays], samples.digest[stays])
-        tables = put_tables(self._store, shards, self.listing.class_names, seed=self._config.seed)
-        return _Content(
-            classes=tables.classes,
-            shards=tables.shards,
-            samples=tables.samples,
-            rejects=put_table(self._store, rejects, REJECTS),
-            departed=put_table(self._store, departed, DEPARTED) if departed.num_rows else None,
-            class_table=tables.class_table,
-            num_images=tables.num_images,
+        return _Made(
+            shards=shards,
+            rejects=rejects,
+            departed=past.departures(samples.key, samples.digest[:, 0], stays),
             near_duplicates=count_lookalikes(settled.group, settled.alike) if near else None,
             notices=(
                 *_told_of_lost(self._lost, self._parent),
@@ -212,14 +245,12 @@ class _Build:
 
     def note(self, snapshot: Snapshot) -> None:
         """Leave what the next build compares with, before the commit: a kill after it must not cost reading again."""
-        notes = Notes(
-            references=self.listing.references,
-            settings=self._settings,
-            listing=self._listed,
-            is_final=self._is_final,
-        )
         if self._parent is not snapshot or self._notes is None or self._notes.listing != self._listed:
-            self._store.replace(notes_path(record_id(snapshot.record)), notes.encode())
+            self._scratch.rest()
+            notes = encode_notes(
+                self.listing.references, settings=self._settings, listing=self._listed, is_final=self._is_final
+            )
+            self._store.replace(notes_path(record_id(snapshot.record)), notes)
 
     def _open_containers(self, work: Work) -> None:
         """Make the listing one of samples: read the containers that changed."""
@@ -245,7 +276,8 @@ class _Build:
         split = self._provisional(known, past)
         while True:
             known = self._read(work, known, split)
-            samples, packs = gather(self._store, references, known, past, self.records)
+            self._scratch.rest()
+            samples, packs = gather(self._store, references, known, past, self.records, self._scratch)
             if not len(samples.key):
                 raise SourceError(_nothing_readable(self._config, self.listing, self.records))
             settled = settle(
@@ -358,60 +390,11 @@ def _with_class_ids_of(parent: Snapshot | None, listing: Listing) -> Listing:
     return dataclasses.replace(listing, references=references, class_names=names)
 
 
-def _reading_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
-    """What decides how the bytes of one file are judged, and which files those are."""
-    # Two sources may hold files of the same names, sizes and times: finished work belongs to one of them.
-    place = listing.reader.place
-    return {
-        "source": f"{place.protocol}:{redact(place.path)}",
-        "check": config.check,
-        **dataclasses.asdict(config.inspection.limits),
-        "pillow": version("pillow"),
-        "evenshard": version("evenshard"),
-        **({"hashed": True} if config.inspection.hashed else {}),
-        **_opening_settings(config, listing),
-    }
-
-
-def _opening_settings(config: BuildConfig, listing: Listing) -> dict[str, Any]:
-    """What decides which samples a container holds."""
-    reader = listing.container_reader
-    if reader is None:
-        return {}
-    fields, columns = dataclasses.asdict(reader.fields), dataclasses.asdict(reader.columns)
-    meaning = config.meaning()
-    named = {name: meaning[name] for name in ("classes", "label_map") if name in meaning}
-    return {"fields": fields, "columns": columns, "split_from": config.split_from, **named}
-
-
-def _listing_digest(config: BuildConfig, listing: Listing) -> str:
-    """SHA-256 over all that the source showed and was asked, fingerprints included."""
-    meaning = {name: value for name, value in config.meaning().items() if name != "manifests"}
-    digest = hashlib.sha256(json.dumps([meaning, listing.class_names], sort_keys=True).encode())
-    digest.update(table_to_ipc(listing.rejects))
-    digest.update(table_to_ipc(listing.references))
-    digest.update(json.dumps([(token(item), item.split) for item in listing.containers]).encode())
-    return digest.hexdigest()
-
-
 def _nothing_readable(config: BuildConfig, listing: Listing, records: Sequence[UnitRecord]) -> str:
     reasons = Counter(reason for record in records for _, reason, _, _ in record.rejects)
     reasons.update(listing.rejects["reason"].to_pylist())
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     return f"no readable image in {redact(config.source)}: {told}; nothing was published"
-
-
-def _build_id(config: BuildConfig, listing: Listing) -> str:
-    """SHA-256 over what this build was asked to do. No fingerprints: copies with other mtimes are the same build."""
-    digest = hashlib.sha256(json.dumps(config.meaning(), sort_keys=True).encode())
-    for name in ("key", "class_id", "split", "group", "size"):
-        digest.update(listing.references[name].to_numpy().tobytes())
-    digest.update(json.dumps(listing.class_names).encode())
-    return digest.hexdigest()
-
-
-def _content(record: SnapshotRecord) -> bytes:
-    return encode_record(dataclasses.replace(record, number=1, parent="", build_id="", config={}, created_by=""))
 
 
 def _huge_groups(samples: Samples, settled: Settlement, class_names: Sequence[str], near: int) -> tuple[str, ...]:

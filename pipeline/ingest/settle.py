@@ -27,7 +27,7 @@ class Samples:
     not at hand: the newest snapshot rejected the image, and only their hash was kept.
     """
 
-    reference: NDArray[np.int64]  # row of REFERENCES
+    reference: NDArray[np.int32]  # row of REFERENCES
     key: NDArray[np.uint64]
     class_id: NDArray[np.int32]
     given: NDArray[np.int8]  # split that the source chose, or SPLIT_UNSET

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from pipeline.config import BuildConfig
 from pipeline.errors import SourceError, UsageError
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.source_containers import (
     Container,
     ContainerListing,
@@ -89,10 +90,12 @@ def open_source(config: BuildConfig) -> Source:
     return Source(source, storage, kind)
 
 
-def list_source(config: BuildConfig, opened: Source | None = None, workers: Workers | None = None) -> Listing:
+def list_source(
+    config: BuildConfig, opened: Source | None = None, workers: Workers | None = None, scratch: Scratch | None = None
+) -> Listing:
     """List ``config.source``: names and sizes, of a table also its text, of Parquet files with images the footers.
 
-    ``workers`` share the listing of a folder if it takes longer than they take to start.
+    ``workers`` share the listing of a folder if it takes longer than they take to start; ``scratch`` holds the columns.
     """
     found = opened or open_source(config)
     source, storage, kind = found.place, found.storage, found.kind
@@ -104,7 +107,7 @@ def list_source(config: BuildConfig, opened: Source | None = None, workers: Work
     )
     if not len(rows):
         raise SourceError(_nothing_found(source, rows, kind))
-    settled = rows.settle()
+    settled = rows.settle(scratch)
     if not settled.references.num_rows:
         raise SourceError(_nothing_found(source, rows, kind))
     listing = Listing(

@@ -90,13 +90,15 @@ class FolderListing:
         """Take in what a worker has listed; the folders that are still to be listed."""
         meanings = [self._meaning(folder) for folder in found.folders]
         if any(meaning.label is None and count for meaning, count in zip(meanings, found.num_files, strict=True)):
-            found, meanings = Walked([], [], [], FileColumns.empty(), [*found.folders, *found.odd]), []
+            odd = [*found.folders, *found.odd]
+            found, meanings = Walked([], [], [], FileColumns.empty(), odd, found.rest), []
         counts: list[tuple[str, int, int]] = []
         for folder, meaning, count, inner in zip(found.folders, meanings, found.num_files, found.inner, strict=True):
             counts.append((meaning.label or "", meaning.split, count))
             self._count(meaning, count)
             yield from (_join(folder, name) for name in inner)
         self._rows.add_columns(found.files, counts)
+        yield from found.rest
         for folder in found.odd:
             yield from self._list(folder)
 

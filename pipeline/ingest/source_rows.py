@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.source_local import Entries, Found
 from pipeline.keyed import text_key, text_keys
 from pipeline.schema import REFERENCES, REJECTS, SPLIT_UNSET, SPLITS, Reason
@@ -183,21 +184,29 @@ class Rows:
         key = f"{text_key(name):016x}" if name else ""
         self._rejects.append((name, key, printable(label), split_name, reason.value, where, ""))
 
-    def settle(self) -> Settled:
+    def settle(self, scratch: Scratch | None = None) -> Settled:
         """Sort, resolve what came twice, number the classes. The collector is spent."""
+        scratch = scratch or Scratch()
         self._flush()
         paths = pa.concat_arrays(self._chunks)
         self._chunks.clear()
         order = np.argsort(np.frombuffer(self._keys, np.uint64), kind="stable").astype(np.int32)
         order = order[self._kept(order, paths)]
-        columns = {"path": paths.take(pa.array(order))}
+        columns = {"path": scratch.keep_array(paths.take(pa.array(order)))}
         del paths  # one column at a time is held twice, not all of them
+        scratch.rest()
         names, columns["class_id"] = self._classes(_taken(self._labels, np.int32, order))
-        columns["key"] = pa.array(_taken(self._keys, np.uint64, order))
-        columns["group"] = pa.array(_taken(self._groups, np.uint64, order)) if self._groups else columns["key"]
-        columns["split"] = pa.array(_taken(self._splits, np.int8, order))
-        columns["size"] = pa.array(_taken(self._sizes, np.int64, order))
-        columns["fingerprint"] = pa.array(_taken(self._fingerprints, np.uint64, order))
+        for name, values, dtype in (
+            ("key", self._keys, np.uint64),
+            ("group", self._groups, np.uint64),
+            ("split", self._splits, np.int8),
+            ("size", self._sizes, np.int64),
+            ("fingerprint", self._fingerprints, np.uint64),
+        ):
+            if name == "group" and not values:
+                columns[name] = columns["key"]
+            else:
+                columns[name] = pa.array(scratch.keep(_taken(values, dtype, order)))
         references = pa.Table.from_arrays([columns[name] for name in REFERENCES.names], schema=REFERENCES)
         return Settled(references=references, class_names=names, rejects=self.rejects_table())
 

@@ -23,6 +23,9 @@ from pipeline.keyed import text_keys
 MIN_SHARED = 16
 """Folders that are worth sharing."""
 
+MAX_FILES = 1 << 16
+"""Of one answer, unless one folder has more."""
+
 NUM_BATCHES, MAX_BATCH = 32, 256
 """Into how many units to cut what waits, so that workers end together; and how many folders are in one at most."""
 
@@ -39,6 +42,8 @@ class Walked:
     files: FileColumns
     odd: list[str]
     """Folders of which something else is to be told: a link, a file without bytes, a name that is no text."""
+    rest: list[str]
+    """Folders that were left to others, as the files of those before were many."""
 
 
 class Workers(Protocol):
@@ -94,10 +99,13 @@ class SharedWalk:
 def walk_folders(place: Place, folders: Sequence[str], max_bytes: int, *, attempt: int) -> Iterator[int | Walked]:
     """List these folders (a unit of `ingest.crew`): yields numbers of files, then a `Walked`."""
     del attempt  # listing again does no harm
-    walked = Walked([], [], [], FileColumns.empty(), [])
+    walked = Walked([], [], [], FileColumns.empty(), [], [])
     paths: list[str] = []
     keys, files = bytearray(), walked.files
-    for folder in folders:
+    for number, folder in enumerate(folders):
+        if len(paths) >= MAX_FILES:
+            walked.rest.extend(folders[number:])
+            break
         found = _list(place, folder, max_bytes)
         if found is None:
             walked.odd.append(folder)

@@ -21,6 +21,7 @@ from pipeline.store.arrow import spare_pandas
 from pipeline.store.backends import Entry, read_fully
 from pipeline.store.checked import (
     CheckedTable,
+    HashedSink,
     block_digests,
     ipc_to_table,
     make_ref,
@@ -28,6 +29,7 @@ from pipeline.store.checked import (
     read_checked,
     sha256_file,
     table_to_ipc,
+    write_ipc,
 )
 from pipeline.store.claims import temporary_dir
 from pipeline.store.messages import redact
@@ -40,6 +42,7 @@ __all__ = [
     "OPEN_FILES",
     "CheckedTable",
     "Entry",
+    "HashedSink",
     "ShardRange",
     "ShardReader",
     "Store",
@@ -58,4 +61,5 @@ __all__ = [
     "table_to_ipc",
     "temporary_dir",
     "vanishing",
+    "write_ipc",
 ]

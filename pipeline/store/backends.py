@@ -49,7 +49,7 @@ class Backend(Protocol):
     def settle(self, path: str) -> None: ...  # make an existing file durable, and young where that is cheap
     def freshen(self, path: str) -> None: ...  # make it as young as one that was created now; its bytes stay
     def probe(self) -> Entry: ...  # a file that was created now, and is gone again
-    def replace(self, path: str, data: bytes) -> None: ...
+    def replace(self, path: str, data: bytes | memoryview) -> None: ...
     def remove(self, path: str) -> None: ...
     def staging_dir(self) -> str: ...
     def sweep(self, before_s: float) -> None: ...  # remove directories of staging/ that are empty and older
@@ -144,7 +144,7 @@ class LocalBackend:
         finally:
             remove_if_there(temporary)
 
-    def replace(self, path: str, data: bytes) -> None:
+    def replace(self, path: str, data: bytes | memoryview) -> None:
         temporary = self._write_temporary(data)
         try:
             self._make_directory(os.path.dirname(self._at(path)))
@@ -195,7 +195,7 @@ class LocalBackend:
             if isinstance(made, int):
                 os.close(made)
 
-    def _write_temporary(self, data: bytes) -> str:
+    def _write_temporary(self, data: bytes | memoryview) -> str:
         name, descriptor = self._in_staging(lambda name: os.open(name, _WRITE_FLAGS, 0o666))
         try:
             with open(descriptor, "wb", buffering=0) as file:
@@ -274,7 +274,7 @@ def remove_if_there(path: str) -> None:
         os.unlink(path)
 
 
-def _write_fully(descriptor: int, data: bytes) -> None:
+def _write_fully(descriptor: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

@@ -67,22 +67,50 @@ def read_checked(store: Store, path: str, ref: FileRef) -> bytes:
 
 def table_to_ipc(table: pa.Table) -> bytes:
     """An Arrow IPC file of one record batch: equal tables give equal bytes, however they are chunked."""
-    schema = table.schema.remove_metadata()
-    columns = [_canonical(table.column(name)) for name in schema.names]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema, options=_WRITE_OPTIONS) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    write_ipc(table, sink)
     return sink.getvalue().to_pybytes()
 
 
-def ipc_to_table(data: bytes, schema: pa.Schema | tuple[pa.Schema, ...], where: str) -> pa.Table:
+def write_ipc(table: pa.Table, sink: Any) -> None:
+    """``table_to_ipc`` into a file object, which is left open."""
+    schema = table.schema.remove_metadata()
+    columns = [_canonical(table.column(name)) for name in schema.names]
+    with pa.ipc.new_file(sink, schema, options=_WRITE_OPTIONS) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+class HashedSink:
+    """A file object that counts and hashes (SHA-256) what is written to it, and passes it on to ``target``."""
+
+    closed = False
+
+    def __init__(self, target: Any = None) -> None:
+        self.hash, self.num_bytes = hashlib.sha256(), 0
+        self._target = target
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.hash.update(data)
+        self.num_bytes += size
+        if self._target is not None:
+            self._target.write(data)
+        return size
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None: ...
+
+
+def ipc_to_table(data: bytes | memoryview, schema: pa.Schema | tuple[pa.Schema, ...], where: str) -> pa.Table:
     """The table in ``data``; an IntegrityError naming ``where`` unless it is sound and has exactly ``schema``.
 
     Of several schemas, it must have one.
     """
     schemas: tuple[pa.Schema, ...] = schema if isinstance(schema, tuple) else (schema,)
     try:
-        reader = pa.ipc.open_file(pa.BufferReader(data))
+        reader = pa.ipc.open_file(pa.py_buffer(data))
         schema = next((one for one in schemas if one.equals(reader.schema, check_metadata=True)), schemas[0])
         _check_schema(reader.schema, schema, where)
         table = reader.read_all()

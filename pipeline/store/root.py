@@ -151,7 +151,7 @@ class Store:
         with self.explained("remove the temporary file of", path):
             remove_if_there(local_file)
 
-    def replace(self, path: str, data: bytes) -> None:
+    def replace(self, path: str, data: bytes | memoryview) -> None:
         """Write or overwrite, atomically; only what no snapshot names."""
         if not path.startswith(_REPLACEABLE):
             raise UsageError(f"{path!r} may not be overwritten: only files below {' and '.join(_REPLACEABLE)} may")

@@ -1,0 +1,90 @@
+"""Columns with a value for every image, in memory that is a file: what is not in use need not be resident.
+
+Comes in: shapes, tables. Goes out: arrays and tables like any other. Guarantees: nothing is left behind, whatever dies
+(the files have no name); a full disk is an OSError when a column is made, never a crash when it is filled; small
+columns stay in ordinary memory, so that a usual build needs no space for this.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+MIN_BYTES = 8 << 20
+"""Of a column: a million keys."""
+
+
+class Scratch:
+    """Makes columns, and lets go of their pages between the steps of a build."""
+
+    def __init__(self, *, min_bytes: int = MIN_BYTES) -> None:
+        self._min_bytes = min_bytes
+        self._maps: list[weakref.ref[mmap.mmap]] = []
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Zeros. Of two dimensions each column lies by itself: who reads one touches no other."""
+        kind = np.dtype(dtype)
+        num_bytes = int(np.prod(shape)) * kind.itemsize
+        if num_bytes < self._min_bytes or not num_bytes:
+            return np.zeros(shape, kind, order="F")
+        return np.ndarray(shape, kind, buffer=self._map(num_bytes), order="F")
+
+    def keep(self, values: NDArray[Any]) -> NDArray[Any]:
+        """A copy of ``values``."""
+        kept = self.zeros(values.shape, values.dtype)
+        kept[...] = values
+        return kept
+
+    def keep_table(self, table: pa.Table) -> pa.Table:
+        """A copy of a table of numbers and texts without missing values; each column in one piece."""
+        columns: list[pa.Array] = []
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            columns.append(self.keep_array(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column))
+        return pa.Table.from_arrays(columns, schema=table.schema)
+
+    def keep_array(self, array: pa.Array) -> pa.Array:
+        """The same for one column of a table."""
+        if array.offset or array.null_count or array.nbytes < self._min_bytes:
+            return array
+        buffers = [
+            None if part is None else pa.py_buffer(self.keep(np.frombuffer(part, np.uint8))) for part in array.buffers()
+        ]
+        return pa.Array.from_buffers(array.type, len(array), buffers)
+
+    def rest(self) -> None:
+        """A step has ended: no page of any column is needed just now. They are read again when they are."""
+        self._maps = [reference for reference in self._maps if reference() is not None]
+        for reference in self._maps:
+            if (mapped := reference()) is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: the file keeps what was written
+        pa.default_memory_pool().release_unused()
+
+    @property
+    def num_bytes(self) -> int:
+        """In files, now."""
+        return sum(len(mapped) for reference in self._maps if (mapped := reference()) is not None)
+
+    def _map(self, num_bytes: int) -> mmap.mmap:
+        with tempfile.TemporaryFile(prefix="evenshard-scratch-") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)  # a hole that finds no space later would be a SIGBUS
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise OSError(
+                        error.errno,
+                        f"{num_bytes >> 20} MB of temporary space are needed in {tempfile.gettempdir()}: "
+                        f"{os.strerror(error.errno or 0)}; set TMPDIR to another place",
+                    ) from error
+                file.truncate(num_bytes)
+            mapped = mmap.mmap(file.fileno(), num_bytes)
+        self._maps.append(weakref.ref(mapped))
+        return mapped
