@@ -30,6 +30,7 @@ from pipeline.ingest import neardup
 from pipeline.ingest.layout import to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups, join_lookalikes
 from pipeline.ingest.past import load_past
+from pipeline.ingest.scratch import Scratch
 from pipeline.ingest.settle import Samples, settle
 from pipeline.ingest.shards import Packer, TarWriter
 from pipeline.ingest.units import Hashing, Pack, Part, Repack
@@ -337,10 +338,10 @@ def test_groups_are_joined_by_what_stays_alone() -> None:
 
 def test_whose_hash_is_not_known_is_fetched_even_if_its_group_leaves(photos: Collection) -> None:
     """It may look like a third one: a build that reads everything would know."""
-    past = load_past(Store(str(photos.folder)), None)
+    past = load_past(Store(str(photos.folder)), None, Scratch())
     number = np.arange(3)
     samples = Samples(
-        reference=number,
+        reference=number.astype(np.int32),
         key=number.astype(np.uint64),
         class_id=np.zeros(3, np.int32),
         given=np.array([0, 1, 1], np.int8),

@@ -18,6 +18,7 @@ from serial_engine import serial_engine
 
 import pipeline
 import pipeline.ingest.run
+from pipeline.errors import SourceError
 from pipeline.ingest import scratch as module
 from pipeline.ingest.scratch import Scratch
 
@@ -121,3 +122,22 @@ def test_builds_on_files_are_builds_in_memory(
         last.write_bytes(last.read_bytes() + b"changed")
     assert len(made) == 2
     assert all(scratch.num_bytes == 0 for scratch in made), "a build left columns behind"
+
+
+@pytest.mark.parametrize("min_bytes", [1, 1 << 20])
+def test_joined_texts_are_the_texts_one_after_the_other(min_bytes: int) -> None:
+    texts = [["a", "", "Ünï"], [], ["b" * 70], ["", ""], ["x", "y", "z"]]
+    chunks = [pa.array(part, pa.string()) for part in texts]
+    chunks[4] = pa.array(["no", *texts[4], "no"], pa.string()).slice(1, 3)
+    joined = Scratch(min_bytes=min_bytes).join_texts(chunks)
+    joined.validate(full=True)
+    assert joined.to_pylist() == [text for part in texts for text in part]
+    assert not chunks, "they are there twice"
+    assert Scratch().join_texts([]).to_pylist() == []
+
+
+def test_more_text_than_an_array_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_TEXT_BYTES", 5)
+    assert len(Scratch().join_texts([pa.array(["12345"])])) == 1
+    with pytest.raises(SourceError, match="paths of 2 files take 6 bytes, and one build holds at most 5"):
+        Scratch().join_texts([pa.array(["123", "456"])])

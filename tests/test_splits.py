@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.ingest.splits import TEST, TRAIN, VAL, assign, find_duplicates, join_groups, straddlers
+from pipeline.ingest.splits import TEST, TRAIN, VAL, assign, find_duplicates, join_groups, number_groups, straddlers
 from pipeline.schema import SPLIT_UNSET
 
 
@@ -131,3 +131,14 @@ def test_a_class_with_a_new_image_trains(seed: int) -> None:
     split = assign(class_id, group, fixed, num_classes=40, seed=seed)
     assert not straddlers(group, split).any()
     assert set(class_id[fixed == SPLIT_UNSET]) <= set(class_id[split == TRAIN])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbered_groups_are_those_of_numpy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    for group in (ids, np.sort(ids), rng.choice(ids[:9], 200), np.sort(rng.choice(ids[:9], 200)), ids[:1], ids[:0]):
+        groups, inverse = number_groups(group)
+        expected, places = np.unique(group, return_inverse=True)
+        assert groups.tolist() == expected.tolist()
+        assert inverse.tolist() == places.tolist()

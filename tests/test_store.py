@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -26,18 +27,22 @@ from pipeline.errors import AlreadyExistsError, IntegrityError, NotFoundError, S
 from pipeline.schema import BLOCK_BYTES, CLASSES, SAMPLES, FileRef, table_path
 from pipeline.store import (
     CheckedTable,
+    HashedSink,
     ShardReader,
     Store,
     block_digests,
+    checked,
     ipc_to_table,
     make_ref,
     put_table,
     read_checked,
     read_image,
     redact,
+    replace_by,
     sha256_file,
     table_to_ipc,
     temporary_dir,
+    write_ipc,
 )
 from pipeline.store.claims import sweep_temporary
 
@@ -466,6 +471,56 @@ def test_equal_tables_give_equal_bytes_however_they_are_cut() -> None:
 def test_unused_bits_of_booleans_do_not_show() -> None:
     clean, dirty = (pa.Array.from_buffers(pa.bool_(), 3, [None, pa.py_buffer(b)]) for b in (b"\x05", b"\xfd"))
     assert table_to_ipc(pa.table({"a": dirty})) == table_to_ipc(pa.table({"a": clean}))
+
+
+def test_what_lies_behind_a_column_of_integers_does_not_show() -> None:
+    values = np.arange(100, dtype=np.uint32)
+    longer = pa.Array.from_buffers(pa.uint32(), 50, [None, pa.py_buffer(values)])
+    exact = pa.array(values[:50].copy())
+    assert table_to_ipc(pa.table({"a": longer})) == table_to_ipc(pa.table({"a": exact}))
+    assert table_to_ipc(pa.table({"a": pa.array(values).slice(0, 50)})) == table_to_ipc(pa.table({"a": exact}))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 50_000])
+def test_a_large_table_is_written_by_way_of_a_file_to_the_same_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    table = samples_table(num_rows)
+    small = put_table(store, table, SAMPLES)
+    data = store.read(table_path(small.sha256))
+    store.remove(table_path(small.sha256))
+    monkeypatch.setattr(checked, "LARGE_BYTES", 0)
+    assert put_table(store, table, SAMPLES) == small  # its blocks, too
+    assert store.read(table_path(small.sha256)) == data
+    assert put_table(store, table, SAMPLES) == small  # it is there already
+    assert store.list("staging") == []
+
+
+def test_replace_by_is_replace(store: Store) -> None:
+    for text in (b"first", b"second"):
+        replace_by(store, "runs/state", lambda file, text=text: file.write(text) and None)
+        assert store.read("runs/state") == text
+    with pytest.raises(UsageError, match="'tables/a' may not be overwritten"):
+        replace_by(store, "tables/a", lambda file: None)
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match=r"staging/.*No space left"):
+        replace_by(store, "runs/state", fail)
+    assert store.read("runs/state") == b"second"
+    assert store.list("staging") == []
+
+
+def test_a_hashed_sink_passes_on_what_it_hashes() -> None:
+    table, target = classes_table(["a", "b"]), io.BytesIO()
+    target.write(b"a line before\n")
+    sink = HashedSink(target)
+    write_ipc(table, sink)
+    data = table_to_ipc(table)
+    assert target.getvalue() == b"a line before\n" + data
+    assert (sink.hash.hexdigest(), sink.num_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
 def test_bytes_of_a_table_are_pinned() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from pipeline.ingest.past import Lookup, Past
 from pipeline.ingest.units import Hashing
 from pipeline.schema import REFERENCES, FileRef, Reason, tar_path
 from pipeline.snapshot import Snapshot
-from pipeline.store import HashedSink, Store, ipc_to_table, write_ipc
+from pipeline.store import HashedSink, Store, ipc_to_table, replace_by, write_ipc
 
 NOTES_FORMAT_VERSION = 1
 
@@ -68,8 +68,10 @@ class Notes:
             return None
 
 
-def encode_notes(references: pa.Table, *, settings: Mapping[str, Any], listing: str, is_final: bool) -> memoryview:
-    """A file of notes: a line of JSON, then the listing as an Arrow file. Written twice: its hash comes first."""
+def write_notes(
+    store: Store, snapshot_id: str, references: pa.Table, *, settings: Mapping[str, Any], listing: str, is_final: bool
+) -> None:
+    """A file of notes: a line of JSON, then the listing as an Arrow file. Made twice, as the line holds its hash."""
     body = HashedSink()
     write_ipc(references, body)
     ref = FileRef(sha256=body.hash.hexdigest(), size=body.num_bytes, num_rows=references.num_rows)
@@ -81,10 +83,12 @@ def encode_notes(references: pa.Table, *, settings: Mapping[str, Any], listing: 
         "is_final": is_final,
         "references": ref.to_json() | {"blocks": ""},
     }
-    whole = pa.BufferOutputStream()
-    whole.write(json.dumps(head, sort_keys=True).encode() + b"\n")
-    write_ipc(references, HashedSink(whole))
-    return memoryview(whole.getvalue())
+
+    def write(file: BinaryIO) -> None:
+        file.write(json.dumps(head, sort_keys=True).encode() + b"\n")
+        write_ipc(references, HashedSink(file))
+
+    replace_by(store, notes_path(snapshot_id), write)
 
 
 def notes_path(snapshot_id: str) -> str:

@@ -28,7 +28,7 @@ def join_lookalikes(
     phash: NDArray[np.uint64],
     hashing: NDArray[np.int8],
     group: NDArray[np.uint64],
-    stay: NDArray[np.int64],
+    stay: NDArray[np.int32],
     *,
     max_distance: int,
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:

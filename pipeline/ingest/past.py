@@ -47,6 +47,11 @@ class Past:
     def _by_content(self) -> Lookup:
         return Lookup.of(self.digest[:, 0])
 
+    @property
+    def _is_empty(self) -> bool:
+        """That of a first build: nothing is to be looked for, in arrays as long as the listing."""
+        return not len(self.key) and not self.departed.num_rows
+
     def find(self, key: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The row of each key, or -1."""
         return self._by_key.find(key)
@@ -58,11 +63,15 @@ class Past:
 
     def split_of_key(self, key: NDArray[np.uint64]) -> NDArray[np.int8]:
         """The split that each key has, or had last; ``SPLIT_UNSET`` for new ones."""
+        if self._is_empty:
+            return np.full(len(key), SPLIT_UNSET, np.int8)
         gone = _values(Lookup.of(_column(self.departed, "key")), key, _column(self.departed, "split"))
         return _or_else(_values(self._by_key, key, self.split), gone)
 
     def split_of(self, key: NDArray[np.uint64], digest: NDArray[np.uint64]) -> NDArray[np.int8]:
         """The split of each image: that of its content (uint64 [n, 4]), else that of its key."""
+        if self._is_empty:
+            return np.full(len(key), SPLIT_UNSET, np.int8)
         word = np.ascontiguousarray(digest[:, 0])
         gone = _values(Lookup.of(_column(self.departed, "content")), word, _column(self.departed, "split"))
         return _or_else(_values(self._by_content, word, self.split), gone, self.split_of_key(key))
@@ -72,7 +81,7 @@ class Past:
 
         ``word`` is the first of each digest.
         """
-        if not len(self.key) and not self.departed.num_rows:
+        if self._is_empty:
             return DEPARTED.empty_table()
         key, word = key[stays], word[stays]
         was: dict[str, NDArray[Any]] = {

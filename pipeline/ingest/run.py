@@ -25,7 +25,7 @@ from pipeline.ingest import guards
 from pipeline.ingest.commit import commit, probe
 from pipeline.ingest.containers import container_units, keep, pack_container, sample_listing, token
 from pipeline.ingest.identity import build_id, content_bytes, listing_digest, reading_settings
-from pipeline.ingest.known import Known, encode_notes, find_known, lost_tars, notes_path, read_notes
+from pipeline.ingest.known import Known, find_known, lost_tars, read_notes, write_notes
 from pipeline.ingest.layout import ShardRule, final_shards, gather, reading_units, repack_unit, to_fetch
 from pipeline.ingest.lookalikes import count_lookalikes, huge_groups
 from pipeline.ingest.manifests import Base, put_manifests, wanted_policies
@@ -173,6 +173,7 @@ class _Build:
         self._notes = read_notes(store, record_id(parent.record)) if parent else None
         self._settings = reading_settings(config, listing)
         self._listed = listing_digest(config, listing)
+        scratch.rest()
         self._lost = lost_tars(store, parent)
         self._is_final = True  # no file was refused for a reason that may pass by itself
         self._opened: set[int] = set()  # tokens of containers that were read
@@ -247,10 +248,14 @@ class _Build:
         """Leave what the next build compares with, before the commit: a kill after it must not cost reading again."""
         if self._parent is not snapshot or self._notes is None or self._notes.listing != self._listed:
             self._scratch.rest()
-            notes = encode_notes(
-                self.listing.references, settings=self._settings, listing=self._listed, is_final=self._is_final
+            write_notes(
+                self._store,
+                record_id(snapshot.record),
+                self.listing.references,
+                settings=self._settings,
+                listing=self._listed,
+                is_final=self._is_final,
             )
-            self._store.replace(notes_path(record_id(snapshot.record)), notes)
 
     def _open_containers(self, work: Work) -> None:
         """Make the listing one of samples: read the containers that changed."""
@@ -274,6 +279,7 @@ class _Build:
         references = self.listing.references
         known = find_known(references, self._settings, self._notes, past, self._parent, self._lost)
         split = self._provisional(known, past)
+        self._scratch.rest()
         while True:
             known = self._read(work, known, split)
             self._scratch.rest()

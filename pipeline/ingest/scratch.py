@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.errors import SourceError
+
 MIN_BYTES = 8 << 20
 """Of a column: a million keys."""
 
@@ -60,6 +62,32 @@ class Scratch:
         ]
         return pa.Array.from_buffers(array.type, len(array), buffers)
 
+    def join_texts(self, chunks: list[pa.Array]) -> pa.Array:
+        """These arrays of texts as one; they leave ``chunks`` one by one, so that they are never there twice.
+
+        Errors: ``SourceError`` for more than 2 GiB of text, which one Arrow array of strings cannot hold.
+        """
+        length, num_bytes = sum(map(len, chunks)), sum(_num_text_bytes(chunk) for chunk in chunks)
+        if num_bytes > _MAX_TEXT_BYTES:
+            raise SourceError(
+                f"the paths of {length} files take {num_bytes} bytes, and one build holds at most {_MAX_TEXT_BYTES}: "
+                "build parts of the source into ROOTs of their own"
+            )
+        offsets, text = self.zeros(length + 1, np.int32), self.zeros(num_bytes, np.uint8)
+        chunks.reverse()
+        row = end = 0
+        while chunks:
+            chunk = chunks.pop()
+            bounds = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if not len(chunk):
+                continue
+            size = int(bounds[-1] - bounds[0])
+            offsets[row + 1 : row + 1 + len(chunk)] = bounds[1:] - bounds[0] + end
+            if size:
+                text[end : end + size] = np.frombuffer(chunk.buffers()[2], np.uint8)[bounds[0] : bounds[-1]]
+            row, end = row + len(chunk), end + size
+        return pa.StringArray.from_buffers(length, pa.py_buffer(offsets), pa.py_buffer(text))
+
     def rest(self) -> None:
         """A step has ended: no page of any column is needed just now. They are read again when they are."""
         self._maps = [reference for reference in self._maps if reference() is not None]
@@ -88,3 +116,13 @@ class Scratch:
             mapped = mmap.mmap(file.fileno(), num_bytes)
         self._maps.append(weakref.ref(mapped))
         return mapped
+
+
+_MAX_TEXT_BYTES = (1 << 31) - 1
+
+
+def _num_text_bytes(chunk: pa.Array) -> int:
+    if not len(chunk):
+        return 0
+    offsets = np.frombuffer(chunk.buffers()[1], np.int32)
+    return int(offsets[chunk.offset + len(chunk)] - offsets[chunk.offset])

@@ -82,7 +82,7 @@ def settle(samples: Samples, past: Past, *, num_classes: int, seed: int, near: i
     found = find_duplicates(samples.digest, samples.key, samples.class_id, before, _incumbents(samples, past))
     copies = np.flatnonzero(found.duplicate | found.leak)
     group = join_groups(samples.group, samples.group[copies], samples.group[found.keeper[copies]])
-    stay = np.flatnonzero(~(found.conflict | found.leak | found.duplicate))
+    stay = np.flatnonzero(~(found.conflict | found.leak | found.duplicate)).astype(np.int32)
     straddling = straddlers(group[stay], before[stay])
     leak = found.leak.copy()
     leak[stay[straddling]] = True

@@ -188,8 +188,8 @@ class Rows:
         """Sort, resolve what came twice, number the classes. The collector is spent."""
         scratch = scratch or Scratch()
         self._flush()
-        paths = pa.concat_arrays(self._chunks)
-        self._chunks.clear()
+        paths = scratch.join_texts(self._chunks)
+        scratch.rest()
         order = np.argsort(np.frombuffer(self._keys, np.uint64), kind="stable").astype(np.int32)
         order = order[self._kept(order, paths)]
         columns = {"path": scratch.keep_array(paths.take(pa.array(order)))}

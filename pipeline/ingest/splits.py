@@ -105,11 +105,28 @@ def join_groups(group: NDArray[np.uint64], first: NDArray[np.uint64], second: ND
     return np.where(old[place] == group, new[place], group)
 
 
+def number_groups(group: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """The distinct ids, ascending, and the number of each sample's among them: `numpy.unique` in half the memory."""
+    if np.all(group[1:] > group[:-1]):  # a listing that nobody groups
+        return group, np.arange(len(group), dtype=np.int32)
+    order = np.argsort(group)
+    ranked = group[order]
+    starts = np.ones(len(group), np.bool_)
+    np.not_equal(ranked[1:], ranked[:-1], out=starts[1:])
+    groups = ranked[starts]
+    del ranked
+    inverse = np.empty(len(group), np.int32)
+    inverse[order] = np.cumsum(starts, dtype=np.int32) - np.int32(1)
+    return groups, inverse
+
+
 def straddlers(group: NDArray[np.uint64], split: NDArray[np.int8]) -> NDArray[np.bool_]:
     """Samples whose group has a member in an earlier split: keeping them would leak. Open ones (unset) never do."""
-    _, inverse = np.unique(group, return_inverse=True)
+    groups, inverse = number_groups(group)
     place = _ranked(split)
-    earliest = np.full(inverse.max(initial=-1) + 1, len(SPLITS), dtype=np.int8)
+    if len(groups) == len(group):  # nobody shares one
+        return np.zeros(len(group), np.bool_)
+    earliest = np.full(len(groups), len(SPLITS), dtype=np.int8)
     np.minimum.at(earliest, inverse, place)
     return (split != SPLIT_UNSET) & (place != earliest[inverse])
 
@@ -125,7 +142,7 @@ def assign(
     A class without a group in train gets its first new one there. A group of several classes counts for the one with
     the fewest groups.
     """
-    groups, inverse = np.unique(group, return_inverse=True)
+    groups, inverse = number_groups(group)
     known = np.full(len(groups), len(SPLITS), dtype=np.int8)
     np.minimum.at(known, inverse, _ranked(fixed))
     is_open = known == len(SPLITS)
@@ -141,7 +158,7 @@ def assign(
 
 
 def _home_classes(
-    inverse: NDArray[np.int64], class_id: NDArray[np.int32], num_groups: int, num_classes: int
+    inverse: NDArray[np.int32], class_id: NDArray[np.int32], num_groups: int, num_classes: int
 ) -> NDArray[np.int32]:
     """For each group, its class with the fewest groups (ties: the smaller id)."""
     if num_groups == len(class_id):  # the usual case, nothing is grouped
@@ -183,11 +200,12 @@ def _fill(
 ) -> NDArray[np.int8]:
     order = np.lexsort((rank_key, home))
     place = home[order]
-    rank = np.arange(len(home)) - np.searchsorted(place, place)
-    val, test = free[0][place], free[1][place]
+    first = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=len(free[0])))[:-1]]).astype(np.int32)
+    rank = np.arange(len(home), dtype=np.int32)
+    rank -= first[place]
     split = np.full(len(home), TRAIN, dtype=np.int8)
-    split[rank < val + test] = TEST
-    split[rank < val] = VAL
+    split[rank < (free[0] + free[1])[place]] = TEST
+    split[rank < free[0][place]] = VAL
     result = np.empty(len(home), dtype=np.int8)
     result[order] = split
     return result
@@ -196,7 +214,7 @@ def _fill(
 def _return_to_train(
     chosen: NDArray[np.int8],
     is_open: NDArray[np.bool_],
-    inverse: NDArray[np.int64],
+    inverse: NDArray[np.int32],
     class_id: NDArray[np.int32],
     rank_key: NDArray[np.uint64],
 ) -> None:

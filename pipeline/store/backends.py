@@ -49,7 +49,8 @@ class Backend(Protocol):
     def settle(self, path: str) -> None: ...  # make an existing file durable, and young where that is cheap
     def freshen(self, path: str) -> None: ...  # make it as young as one that was created now; its bytes stay
     def probe(self) -> Entry: ...  # a file that was created now, and is gone again
-    def replace(self, path: str, data: bytes | memoryview) -> None: ...
+    def replace(self, path: str, data: bytes) -> None: ...
+    def replace_from(self, path: str, local_file: str) -> None: ...
     def remove(self, path: str) -> None: ...
     def staging_dir(self) -> str: ...
     def sweep(self, before_s: float) -> None: ...  # remove directories of staging/ that are empty and older
@@ -144,7 +145,7 @@ class LocalBackend:
         finally:
             remove_if_there(temporary)
 
-    def replace(self, path: str, data: bytes | memoryview) -> None:
+    def replace(self, path: str, data: bytes) -> None:
         temporary = self._write_temporary(data)
         try:
             self._make_directory(os.path.dirname(self._at(path)))
@@ -152,6 +153,18 @@ class LocalBackend:
         finally:
             remove_if_there(temporary)
         _fsync(os.path.dirname(self._at(path)))
+
+    def replace_from(self, path: str, local_file: str) -> None:
+        here = os.stat(local_file).st_dev == os.stat(self.root).st_dev
+        temporary = local_file if here else self._copy_to_staging(local_file)
+        try:
+            _fsync(temporary)
+            self._make_directory(os.path.dirname(self._at(path)))
+            os.replace(temporary, self._at(path))
+        finally:
+            remove_if_there(temporary)
+        _fsync(os.path.dirname(self._at(path)))
+        remove_if_there(local_file)
 
     def remove(self, path: str) -> None:
         os.unlink(self._at(path))
@@ -195,7 +208,7 @@ class LocalBackend:
             if isinstance(made, int):
                 os.close(made)
 
-    def _write_temporary(self, data: bytes | memoryview) -> str:
+    def _write_temporary(self, data: bytes) -> str:
         name, descriptor = self._in_staging(lambda name: os.open(name, _WRITE_FLAGS, 0o666))
         try:
             with open(descriptor, "wb", buffering=0) as file:
@@ -274,7 +287,7 @@ def remove_if_there(path: str) -> None:
         os.unlink(path)
 
 
-def _write_fully(descriptor: int, data: bytes | memoryview) -> None:
+def _write_fully(descriptor: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

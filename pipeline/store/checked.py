@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from typing import Any
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +27,9 @@ from pipeline.store.root import Store
 _BLOCK_SHIFT = BLOCK_BYTES.bit_length() - 1
 _MAGIC = b"ARROW1"
 _TAIL_BYTES = 4 + len(_MAGIC)  # length of the footer, magic
+
+LARGE_BYTES = 16 << 20
+"""From here on a table is written to a temporary file first: in memory it would be there twice."""
 
 # Every option that decides bytes is set here, so that a changed default of pyarrow cannot change a file.
 _WRITE_OPTIONS = pa.ipc.IpcWriteOptions(
@@ -123,15 +130,51 @@ def ipc_to_table(data: bytes | memoryview, schema: pa.Schema | tuple[pa.Schema, 
 
 
 def put_table(store: Store, table: pa.Table, schema: pa.Schema) -> FileRef:
-    """Write ``table``, cast to ``schema``, under its hash in tables/."""
+    """Write ``table``, cast to ``schema``, under its hash in tables/; a large one by way of a temporary file."""
     if sorted(table.column_names) != sorted(schema.names):
         raise UsageError(f"expected a table with columns {schema.names}, found {table.column_names}")
     if holed := _holed(table, schema):
         raise UsageError(f"expected a table without missing values, found some in {', '.join(holed)}")
-    data = table_to_ipc(table.select(schema.names).cast(schema))
-    ref = make_ref(data, table.num_rows)
-    store.put(table_path(ref.sha256), data)
+    table = table.select(schema.names).cast(schema)
+    if table.nbytes < LARGE_BYTES:
+        data = table_to_ipc(table)
+        ref = make_ref(data, table.num_rows)
+        store.put(table_path(ref.sha256), data)
+        return ref
+    with _written(store, lambda file: write_ipc(table, file)) as path:
+        ref = _file_ref(path, table.num_rows)
+        store.put_file(table_path(ref.sha256), path)
     return ref
+
+
+def replace_by(store: Store, path: str, write: Callable[[BinaryIO], None]) -> None:
+    """``Store.replace`` by what ``write`` writes, which never lies in memory as a whole."""
+    with _written(store, write) as local:
+        store.replace_file(path, local)
+
+
+@contextmanager
+def _written(store: Store, write: Callable[[BinaryIO], None]) -> Generator[str]:
+    """A temporary file."""
+    folder = store.staging_dir()
+    try:
+        path = f"{folder}/written"
+        with store.explained("write", f"staging/{os.path.basename(folder)}/written"), open(path, "xb") as file:
+            write(file)
+        yield path
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file_ref(path: str, num_rows: int) -> FileRef:
+    """`make_ref` of a file."""
+    whole, blocks, size = hashlib.sha256(), list[str](), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            whole.update(block)
+            blocks.append(xxhash.xxh3_64_hexdigest(block))
+            size += len(block)
+    return FileRef(sha256=whole.hexdigest(), size=size, num_rows=num_rows, blocks=tuple(blocks))
 
 
 class CheckedTable:
@@ -286,8 +329,16 @@ def _num_blocks(size: int) -> int:
 
 
 def _canonical(column: pa.ChunkedArray) -> pa.Array:
-    """One array in fresh memory: the unused bits of a column of booleans are then 0, not what was there before."""
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.nulls(0, type=column.type)
+    """One array; in fresh memory unless its bytes are its values and nothing else.
+
+    The unused bits of a column of booleans are then 0, not what was there before.
+    """
+    if not column.num_chunks:
+        return pa.nulls(0, type=column.type)
+    first = column.chunk(0)
+    if column.num_chunks == 1 and not first.offset and not first.null_count and pa.types.is_integer(first.type):
+        return first
+    return pa.concat_arrays(column.chunks)
 
 
 def _check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:

@@ -162,8 +162,12 @@ class RemoteBackend:
             raise StoreError(f"{path} in {redact(self._url)} was written, and then was not there")
         return found
 
-    def replace(self, path: str, data: bytes | memoryview) -> None:
-        self._fs().pipe_file(self._at(path), bytes(data))
+    def replace(self, path: str, data: bytes) -> None:
+        self._fs().pipe_file(self._at(path), data)
+
+    def replace_from(self, path: str, local_file: str) -> None:
+        self._fs().put_file(local_file, self._at(path))
+        remove_if_there(local_file)
 
     def remove(self, path: str) -> None:
         self._fs().rm_file(self._at(path))

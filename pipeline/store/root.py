@@ -151,12 +151,17 @@ class Store:
         with self.explained("remove the temporary file of", path):
             remove_if_there(local_file)
 
-    def replace(self, path: str, data: bytes | memoryview) -> None:
+    def replace(self, path: str, data: bytes) -> None:
         """Write or overwrite, atomically; only what no snapshot names."""
-        if not path.startswith(_REPLACEABLE):
-            raise UsageError(f"{path!r} may not be overwritten: only files below {' and '.join(_REPLACEABLE)} may")
+        _check_replaceable(path)
         with self.explained("write", path):
             self._backend.replace(_below_root(path), data)
+
+    def replace_file(self, path: str, local_file: str) -> None:
+        """``replace`` by a temporary file, which is gone afterwards; from ``staging_dir()`` no byte is copied."""
+        _check_replaceable(path)
+        with self.explained("write", path):
+            self._backend.replace_from(_below_root(path), local_file)
 
     def remove(self, path: str) -> None:
         """Remove one file. Whether something needs it, ``ingest.collect`` knows; what is kept for ever stays here."""
@@ -264,3 +269,8 @@ def _below_root(path: str) -> str:
     if "\0" in path or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise UsageError(f"{path!r} is not a path below ROOT: expected names joined by '/'")
     return path
+
+
+def _check_replaceable(path: str) -> None:
+    if not path.startswith(_REPLACEABLE):
+        raise UsageError(f"{path!r} may not be overwritten: only files below {' and '.join(_REPLACEABLE)} may")
