@@ -93,12 +93,15 @@ class Driver:
             return []
 
     def workers(self) -> list[psutil.Process]:
-        """Those at work: Ray names them after their task; a pool's are Python running `serve`."""
+        """Those at work: Ray names them after their task; a pool's are Python running `serve`.
+
+        Ray's own agents are named alike, and a raylet whose agent dies ends: that would be the loss of a node.
+        """
         found: list[psutil.Process] = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
-                if (line.startswith("ray::") and "IDLE" not in line) or "ingest.pool import serve" in line:
+                if line.startswith(("ray::read", "ray::settle")) or "ingest.pool import serve" in line:
                     found.append(process)
         return found
 
