@@ -42,7 +42,7 @@ MAX_RERUNS = 5
 
 def start(source: Path, root: Path, address: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs.build", str(source), str(root), "--json", "--quiet", "--address", address]
-    command += ["--shard-samples", str(SHARD_SAMPLES)]
+    command += ["--shard-samples", str(SHARD_SAMPLES), "--allow", "open-cluster"]  # nobody else reaches this one
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
