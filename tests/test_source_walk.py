@@ -30,6 +30,7 @@ class Inline:
         self.folders: list[str] = []
         self.odd: list[str] = []
         self.num_units = 0
+        self.answers: list[int] = []  # files of each
 
     def prepare(self) -> None: ...
 
@@ -42,6 +43,7 @@ class Inline:
                 if isinstance(item, Walked):
                     self.folders += item.folders
                     self.odd += item.odd
+                    self.answers.append(sum(item.num_files))
                     yield item
 
 
@@ -148,6 +150,19 @@ def test_units_are_many_and_bounded(tmp_path: Path) -> None:
     assert [folder for _, arguments in units for folder in arguments[1]] == folders
 
 
+def test_an_answer_is_bounded_and_leaves_the_rest_to_others(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are told by name: the largest may be next to each other, and their files would be one answer."""
+    options = {"source_kind": "folder", "label_from": "path", "split_from": "top"}
+    alone = listed(photos, **options)
+    monkeypatch.setattr(source_walk, "MAX_FILES", 4)
+    monkeypatch.setattr(source_walk, "NUM_BATCHES", 1)
+    workers = Inline()
+    assert same(listed(photos, workers, **options), alone)
+    assert workers.num_units > 10
+    assert max(workers.answers) < 4 + 4  # a folder is not cut: the largest of these holds 4
+    assert len(set(workers.folders)) == len(workers.folders), "a folder was listed twice"
+
+
 class Clock:
     now_s = 100.0
 
@@ -177,12 +192,19 @@ def test_a_folder_that_goes_away_stops_the_walk_by_name(tmp_path: Path) -> None:
         list(walk_folders(open_place(str(tmp_path)), ["a", "gone"], 100, attempt=1))
 
 
-def test_processes_share_a_walk(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_workers_of_every_kind_share_a_walk(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, engine: str
+) -> None:
     """The real thing: what travels to workers and back."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if engine == "ray":
+        request.getfixturevalue("local_ray")
     monkeypatch.setattr(Work, "start_s", 0.0)
     options = {"source_kind": "folder", "label_from": "path", "split_from": "top"}
-    config = make_config(source=photos, root=tmp_path / "root", address="none", workers=2, **options)
+    config = make_config(
+        source=photos, root=tmp_path / "root", address="none" if engine == "processes" else None, workers=2, **options
+    )
     told: list[tuple[str, int, int]] = []
     with Work(config, Store.open(config.root, create=True), None, lambda *step: told.append(step)) as work:
         assert same(listed(photos, work, **options), listed(photos, **options))
