@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.ingest.source_files import Place, list_folder
 from pipeline.ingest.source_items import may_hold_containers
-from pipeline.ingest.source_rows import FileColumns, are_plain
+from pipeline.ingest.source_rows import FileColumns, are_plain, printable
 from pipeline.keyed import text_keys
 
 MIN_SHARED = 16
@@ -92,7 +92,7 @@ class SharedWalk:
         """What lies directly in each of these."""
         size = min(MAX_BATCH, -(-len(folders) // NUM_BATCHES))
         batches = (folders[start : start + size] for start in range(0, len(folders), size))
-        units = ((f"list {batch[0]} ff.", (self._place, batch, self._max_bytes)) for batch in batches)
+        units = ((f"list {printable(batch[0])} ff.", (self._place, batch, self._max_bytes)) for batch in batches)
         return self._workers.share(walk_folders, units)
 
 
