@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from conftest import write_guesses
 from tiny_snapshot import COUNTS, write_snapshot
 
 import pipeline
@@ -77,10 +78,15 @@ def test_every_example_of_the_help_runs(
 ) -> None:
     """In an order that gives each what it needs; ``demo`` trains, and has tests of its own."""
     monkeypatch.chdir(tmp_path)
-    places = {"PHOTOS": str(tiny_images), **{word: str(tmp_path / word) for word in ("ROOT", "DEST", "OTHER")}}
+    places = {
+        "PHOTOS": str(tiny_images),
+        **{word: str(tmp_path / word) for word in ("ROOT", "DEST", "OTHER", "PREDICTIONS", "PAGE")},
+    }
     first = ("build", "manifest", "schedule")
     order = [*first, *sorted(set(commands()) - {*first, "demo"})]
     for name in order:
+        if name == "evaluate":
+            write_guesses(tmp_path / "ROOT", tmp_path / "PREDICTIONS")
         for example in commands()[name].examples:
             words = [places.get(word, word) for word in shlex.split(example)]
             assert call(*words) == 0, f"{example}: {capsys.readouterr().err}"

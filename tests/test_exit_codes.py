@@ -28,10 +28,11 @@ READERS = {
     "verify": "verify {}",
     "report": "report {}",
     "export": "export {} natural {tmp}/dest",
+    "evaluate": "evaluate {} {tmp}/file",
 }
 """How each is called; {} is ROOT."""
 
-WITH_AT = ("stats", "plan", "manifests", "classes", "pin", "verify", "report", "export")
+WITH_AT = ("stats", "plan", "manifests", "classes", "pin", "verify", "report", "export", "evaluate")
 
 FAILED = {
     "source is not there": ("build {tmp}/none {tmp}/r", "none"),
@@ -56,6 +57,9 @@ FAILED = {
     "no such snapshot to compare": ("diff {root} 1 99", "the newest is 2"),
     "DEST is taken": ("export {root} natural {tmp}/taken", "not empty"),
     "the page has no place": ("report {root} --out {tmp}/none/page.html", "name another file"),
+    "no predictions": ("evaluate {root} {tmp}/none.csv", "name another file"),
+    "predictions of nothing": ("evaluate {root} {tmp}/file", "neither CSV in UTF-8 nor Parquet"),
+    "trained on no such manifest": ("evaluate {root} {tmp}/file --manifest balancd", "did you mean 'balanced'"),
     "no source to show": ("report {root} --source {tmp}/none", "no directory"),
     "the demo's place is taken": ("demo {tmp}/busy", "another directory"),
     **{f"no ROOT: {name}": (words.replace("{}", "{tmp}/none"), "evenshard build") for name, words in READERS.items()},
@@ -103,6 +107,9 @@ WRONG = {
     "no share": ("verify {} --sample 2", "0<=x<=1"),
     "no epoch": ("export {} natural d --epoch -1", "x>=0"),
     "no tar": ("export {} natural d --shard-samples 0", "x>=1"),
+    "no such prior": ("evaluate {} p.csv --prior flat", "uniform"),
+    "no such allowance": ("evaluate {} p.csv --allow everything", "missing"),
+    "no tau": ("evaluate {} p.csv --tau -1", "x>=0"),
     "no snapshot 0": ("diff {} 0", "x>=1"),
     "no last": ("history {} --last 0", "x>=1"),
     "named": ("diff {} --named -1", "x>=0"),

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import draw_image
+from conftest import draw_image, write_guesses
 from hostile_names import OBEYED, STEERING
 
 from pipeline.cli import cli, run
@@ -41,6 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows[f"new {i}{name}.png"] = STEERING[i - 1]
     assert build(folder, root, rows) == 0
     shutil.copy(folder / "table.csv", root / STEERING[8])
+    write_guesses(root, root / f"{STEERING[9]}.csv")
     return root
 
 
@@ -65,8 +66,9 @@ def assert_inert(told: str, commands: str) -> None:
         "classes {} balanced --json", "history {}", "history {} --json", "verify {}", "diff {}", "diff {} --json",
         "pin {} first --at 1", "pin {}", "pin {} --json", "gc {} --keep 1", "gc {} --keep 1 --json",
         "schedule {} deferred --epochs 5 --dry-run", "manifest {} sqrt --policy power:alpha=0.5",
-        "report {}", "report {} --json", "report {} --out {}/{}.html", "export {} natural {}-tars",
-        "export {} balanced {}-json --json",
+        "evaluate {} {}/{}.csv --page {}/{}.html", "evaluate {} {}/{}.csv --json",
+        "report {}", "report {} --json", "report {} --out {}/{}.html",
+        "export {} natural {}-tars", "export {} balanced {}-json --json",
     ],
 )  # fmt: skip
 def test_no_name_steers_a_terminal(words: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

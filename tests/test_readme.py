@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TINY_COUNTS
+from conftest import TINY_COUNTS, write_guesses
 from containers import Sample, parquet_of, put, samples_of
 from fsspec.implementations.memory import MemoryFileSystem
 from serial_engine import serial_engine
@@ -112,9 +112,15 @@ def ran(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: 
     """ROOT, and what each command of the section Commands gave, in its order, on a tiny source."""
     folder = tmp_path_factory.mktemp("readme")
     places = {"PHOTOS": str(tiny_images), "ROOT": str(folder / "root"), "DEST": str(folder / "dest")}
+    places["PREDICTIONS"] = str(folder / "predictions")
     first_block = "```bash\n" + blocks(section("Commands"), "bash")[0] + "```\n"
     commands = [words for words in shown_commands(first_block, "evenshard") if words[0] != "demo"]
-    return folder / "root", [CliRunner().invoke(cli(), [places.get(word, word) for word in line]) for line in commands]
+    results: list[Result] = []
+    for line in commands:
+        if line[0] == "evaluate":
+            write_guesses(folder / "root", folder / "predictions")
+        results.append(CliRunner().invoke(cli(), [places.get(word, word) for word in line]))
+    return folder / "root", results
 
 
 def test_the_commands_run(ran: tuple[Path, list[Result]]) -> None:

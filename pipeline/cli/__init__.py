@@ -25,6 +25,7 @@ from pipeline.cli.asking import Group
 from pipeline.cli.checks import report, verify
 from pipeline.cli.commands import build, completion, demo, export, stats
 from pipeline.cli.custody import diff, gc, history, pin
+from pipeline.cli.evaluating import evaluate
 from pipeline.cli.logs import is_json, logging_units, say
 from pipeline.cli.nights import nightly, status
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
@@ -58,7 +59,23 @@ def cli() -> None:
 
 
 for _command in (
-    *(build, classes, completion, demo, diff, export, gc, history, manifest, manifests, nightly, pin, plan, report),
+    *(
+        build,
+        classes,
+        completion,
+        demo,
+        diff,
+        evaluate,
+        export,
+        gc,
+        history,
+        manifest,
+        manifests,
+        nightly,
+        pin,
+        plan,
+        report,
+    ),
     *(schedule, stats, status, verify),
 ):
     cli.add_command(_command)

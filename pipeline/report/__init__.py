@@ -14,12 +14,15 @@ Inside, in this order:
     refused.py     rejects by reason; copies and label conflicts
     changes.py     the difference to the snapshot before
     advice.py      what to do next, and the number that says so
+    html.py        what every page is made with
     page.py        all of it -> ``write_report``
+    evaluation.py  an evaluation of a model -> ``write_evaluation``, by evaluation.html
     built.py       the page of a build
     page.html, page.css, page.js
 """
 
 from pipeline.report.built import write_build_report
+from pipeline.report.evaluation import write_evaluation
 from pipeline.report.page import write_report
 
-__all__ = ["write_build_report", "write_report"]
+__all__ = ["write_build_report", "write_evaluation", "write_report"]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from pipeline.errors import EvenshardError, StoreError
+from pipeline.errors import EvenshardError
 from pipeline.ingest.history import run_of
 from pipeline.ingest.stats import describe
 from pipeline.report import words
 from pipeline.report.advice import Facts, what_next
 from pipeline.report.changes import NUM_DRIFTS, Since, since_the_one_before
 from pipeline.report.chart import NARROW, WIDE, class_curve, lorenz
+from pipeline.report.html import asset, content_policy, environment, write_file
 from pipeline.report.numbers import (
     GROUPS,
     Classes,
@@ -72,26 +68,11 @@ def write_report(
     snapshot = open_snapshot(root, at)
     page = render(snapshot, originals, progress).encode()
     if out is not None:
-        _write_file(out, page)
+        write_file(out, page)
         return out
     path = report_path(snapshot.number)
     snapshot.store.replace(path, page)
     return snapshot.store.local_path(path) or f"{snapshot.store.url}/{path}"
-
-
-def _write_file(out: str, page: bytes) -> None:
-    """Whole or not at all: an interrupted report leaves the page that was there."""
-    draft = f"{out}.{os.urandom(4).hex()}.part"
-    try:
-        try:
-            with open(draft, "xb") as file:
-                file.write(page)
-            os.replace(draft, out)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
-    except OSError as error:
-        raise StoreError(f"the page cannot be written to {out!r}: {error.strerror}; name another file") from error
 
 
 def render(snapshot: Snapshot, originals: Originals | None = None, progress: Progress | None = None) -> str:
@@ -104,7 +85,7 @@ def render(snapshot: Snapshot, originals: Originals | None = None, progress: Pro
     with Pictures(snapshot, originals, progress) as pictures:
         sheets = _sheets(snapshot, classes, draws, pictures)
         pairs = _pairs(snapshot, classes, copies, seen, pictures)
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = asset("page.css"), asset("page.js")
     return _template().render(
         snapshot=snapshot,
         told=describe(classes.count),
@@ -126,7 +107,7 @@ def render(snapshot: Snapshot, originals: Originals | None = None, progress: Pro
         run=_run(snapshot),
         style=style,
         script=script,
-        policy=_content_policy(style, script),
+        policy=content_policy(style, script),
         **sheets,
         **pairs,
     )
@@ -292,39 +273,12 @@ def _script_data(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _content_policy(style: str, script: str) -> str:
-    """Nothing may load or run but the one style and the one script, by hash, and pictures in the page itself."""
-    style_hash, script_hash = (base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in (style, script))
-    rules: Sequence[str] = (
-        "default-src 'none'",
-        f"style-src 'sha256-{style_hash}'",
-        f"script-src 'sha256-{script_hash}'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-    )
-    return "; ".join(rules)
-
-
-def _asset(name: str) -> str:
-    return files("pipeline.report").joinpath(name).read_text("utf-8")
-
-
 @cache
 def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    filters: dict[str, Any] = {
-        "visible": words.visible,
-        "bytes": words.num_bytes,
-        "num": lambda value: f"{value:,}",
-        "times": words.times,
-        "bars": _bars,
-        "breakable": _breakable,
-    }
-    environment.filters.update(filters)
-    functions: dict[str, Any] = {"percent": words.percent, "counted": words.counted}
-    environment.globals.update(functions)
-    return environment.from_string(_asset("page.html"))
+    made = environment()
+    filters: dict[str, Any] = {"bars": _bars, "breakable": _breakable}
+    made.filters.update(filters)
+    return made.from_string(asset("page.html"))
 
 
 def _breakable(text: str) -> Markup:
