@@ -23,6 +23,9 @@ from pipeline.keyed import text_keys
 MIN_SHARED = 16
 """Folders that are worth sharing."""
 
+TELL_EVERY_S = 0.25
+"""Telling of every folder would cost as much as listing it."""
+
 MAX_FILES = 1 << 16
 """Of one answer, unless one folder has more."""
 
@@ -99,6 +102,7 @@ class SharedWalk:
 def walk_folders(place: Place, folders: Sequence[str], max_bytes: int, *, attempt: int) -> Iterator[int | Walked]:
     """List these folders (a unit of `ingest.crew`): yields numbers of files, then a `Walked`."""
     del attempt  # listing again does no harm
+    told, next_s = 0, time.monotonic() + TELL_EVERY_S
     walked = Walked([], [], [], FileColumns.empty(), [], [])
     paths: list[str] = []
     keys, files = bytearray(), walked.files
@@ -119,7 +123,10 @@ def walk_folders(place: Place, folders: Sequence[str], max_bytes: int, *, attemp
         keys += text_keys(full).tobytes()
         files.sizes.extend(sizes)
         files.fingerprints.extend(fingerprints)
-        yield len(full)
+        if (now_s := time.monotonic()) >= next_s:
+            yield len(paths) - told
+            told, next_s = len(paths), now_s + TELL_EVERY_S
+    yield len(paths) - told
     files.keys.frombytes(bytes(keys))
     files.paths.append(pa.array(paths, pa.string()))
     yield walked
