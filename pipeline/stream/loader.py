@@ -397,6 +397,11 @@ class EvaluationLoader(IteratedOnly):
         patience = _patience(self._timeout_s, self._describe)
         return Prefetch(self._batch, starts, threads=self._threads, ahead=self._ahead, patience=patience)
 
+    def keys(self) -> list[str]:
+        """The key (16 hex digits) of every row of this rank whose mask is True, in its order."""
+        position = self._positions(0) + np.arange(len(self))[:, None] * self._batch_size * self._topology.world_size
+        return self._reader.keys(self._rows(position[position < self._num_samples]).row)
+
     def __reduce__(self) -> tuple[Any, ...]:
         options = {**self._made_with, "rank": self._topology.rank, "world_size": self._topology.world_size}
         return _loader_again, (type(self), self._snapshot, self._split, self._batch_size, options)
