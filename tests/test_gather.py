@@ -73,7 +73,7 @@ def test_keys_name_the_rows_of_each_rank(ranks: int, tmp_path: Path) -> None:
     for rank in range(ranks):
         loader = EvaluationLoader(snapshot, "test", 2, transform=ResizeCenterCrop(8), rank=rank, world_size=ranks)
         labels = torch.cat([labels[mask] for _, labels, mask in loader]).tolist()
-        keys = loader.keys()
+        keys = loader.sample_keys()
         assert [class_of[key] for key in keys] == labels
         named += keys
     assert sorted(named) == sorted(class_of)

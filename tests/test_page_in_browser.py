@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_snapshot
 from browser import Browser, find_browser
@@ -18,8 +20,9 @@ from hostile_names import HOSTILE
 from PIL import Image
 
 import pipeline
+from pipeline.learn.evaluation import evaluate
 from pipeline.plan.manifest import WEIGHTS
-from pipeline.report import write_report
+from pipeline.report import write_evaluation, write_report
 from pipeline.report.words import visible
 from pipeline.snapshot import Snapshot, open_snapshot
 
@@ -95,6 +98,31 @@ def column(browser: Browser, title: str) -> list[str]:
 
 
 # ---- it runs
+
+
+def test_the_page_of_an_evaluation_is_text_and_fits(
+    browser: Browser, hostile: tuple[Path, Snapshot], tmp_path: Path
+) -> None:
+    snapshot = hostile[1]
+    indexes = [snapshot.index(shard).to_pylist() for shard in range(snapshot.shards.num_rows)]
+    rows = [row for index in indexes for row in index if row["split"] == "train"]
+    num_classes = snapshot.record.num_classes
+    scores = [
+        [float(c == (row["class_id"] + row["offset"] // 3000) % num_classes) for c in range(num_classes)]
+        for row in rows
+    ]
+    predictions = tmp_path / "p <b>.parquet"
+    pq.write_table(pa.table({"path": [row["path"] for row in rows], "scores": scores}), predictions)
+    page = tmp_path / "page.html"
+    write_evaluation(evaluate(snapshot, predictions, split="train", priors=["uniform", "em"]), str(page))
+    for width, dark in ((1200, False), (390, True)):
+        browser.open(page, width=width, dark=dark)
+        assert browser.problems == []
+        assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
+        assert browser.ask("document.documentElement.scrollWidth") == width
+    shown = browser.ask("[...document.querySelectorAll('#worst td:first-child')].map(cell => cell.textContent)")
+    assert sorted(shown) == sorted(visible(name) for name in snapshot.classes["name"].to_pylist())
+    assert browser.ask("document.querySelectorAll('img, script, b').length") == 0
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (320, True)])

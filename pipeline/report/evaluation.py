@@ -66,16 +66,17 @@ def _cell(title: str, figure: Figure) -> Row:
     shown = "" if math.isnan(low) else f"[{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
     if math.isnan(figure.value):
         return {"value": "-", "interval": ""}
-    return {"value": f"{figure.value:.3f}" if scale == 1 else words.percent(figure.value, 1), "interval": shown}
+    value = f"{scale * figure.value:.{digits}f}"
+    return {"value": value if scale == 1 else f"{value}\u202f%", "interval": shown}
 
 
 def _bars(told: Evaluation) -> list[Row]:
     bars: list[Row] = []
     for place, group in enumerate(GROUPS):
-        for one in told.variants:
+        for number, one in enumerate(told.variants):
             figure = one.figures[f"recall, {group}"]
             if figure.count:
-                title = f"{group} ({RANGES[group]}), {one.name}"
+                title = f"{group} ({RANGES[group]}), {'to ' if number else ''}{one.name}"
                 width = round(100 * figure.value, 2)
                 bars.append({"title": title, "group": place, "width": width, "value": words.percent(figure.value, 1)})
     return bars

@@ -397,7 +397,7 @@ class EvaluationLoader(IteratedOnly):
         patience = _patience(self._timeout_s, self._describe)
         return Prefetch(self._batch, starts, threads=self._threads, ahead=self._ahead, patience=patience)
 
-    def keys(self) -> list[str]:
+    def sample_keys(self) -> list[str]:
         """The key (16 hex digits) of every row of this rank whose mask is True, in its order."""
         position = self._positions(0) + np.arange(len(self))[:, None] * self._batch_size * self._topology.world_size
         return self._reader.keys(self._rows(position[position < self._num_samples]).row)
