@@ -15,6 +15,8 @@ from tiny_snapshot import COUNTS, write_snapshot
 
 from pipeline.errors import UsageError
 from pipeline.learn.gather import Gather
+from pipeline.stream.loader import EvaluationLoader
+from pipeline.stream.transforms import ResizeCenterCrop
 
 TOP = Path(__file__).parents[1]
 NUM_TEST = sum(COUNTS["test"])
@@ -60,6 +62,21 @@ def test_losses_over_the_global_batch_have_the_gradient_of_one_rank(found: dict[
     """Though one of three ranks has 1 image and one has 7."""
     for rank in found[3]:
         np.testing.assert_allclose(rank["gradients"], found[1][0]["gradients"], atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_keys_name_the_rows_of_each_rank(ranks: int, tmp_path: Path) -> None:
+    snapshot = write_snapshot(tmp_path / "root")
+    index = [row for shard in range(snapshot.shards.num_rows) for row in snapshot.index(shard).to_pylist()]
+    class_of = {row["key"]: row["class_id"] for row in index if row["split"] == "test"}
+    named: list[str] = []
+    for rank in range(ranks):
+        loader = EvaluationLoader(snapshot, "test", 2, transform=ResizeCenterCrop(8), rank=rank, world_size=ranks)
+        labels = torch.cat([labels[mask] for _, labels, mask in loader]).tolist()
+        keys = loader.sample_keys()
+        assert [class_of[key] for key in keys] == labels
+        named += keys
+    assert sorted(named) == sorted(class_of)
 
 
 def test_rows_that_only_fill_a_step_are_left_out() -> None:
