@@ -167,6 +167,7 @@ def test_thresholds_come_from_val_and_never_from_test(snapshot: Snapshot, tmp_pa
         each.append(float((probability[own["test"] & (truth == c), c] > limit).mean()))
     assert told.variants[0].figures["sensitivity at specificity 0.9"].value == pytest.approx(np.mean(each))
     assert told.temperature is not None
+    assert any("val has 25 images with scores, too few" in n and "specificity 0.99, 0.999:" in n for n in told.notes)
     columns: Table = {f"class {c}": logits[own["test"], c].tolist() for c in range(K)}
     keys = [row["key"] for row in rows if row["split"] == "test"]
     without = write(tmp_path / "q.csv", {"key": keys, **columns})

@@ -184,8 +184,7 @@ def evaluate(
         logits = _logits(given.scores, kind)
         sharpness = temperature(logits[val.rows], val.labels) if val else None
         found = _of_scores(logits, met, val, prior, list(priors), _Sources(train, natural))
-        if val is None:
-            notes.append("no thresholds and no temperature: they are chosen on val, and the file has no row of val")
+        notes += _of_val(val)
     return Evaluation(
         snapshot=snapshot.number,
         split=split,
@@ -202,6 +201,19 @@ def evaluate(
         temperature=sharpness,
         notes=tuple(notes),
     )
+
+
+def _of_val(val: Met | None) -> list[str]:
+    """What the thresholds cannot be trusted with."""
+    if val is None:
+        return ["no thresholds and no temperature: they are chosen on val, and the file has no row of val"]
+    beyond = [f"{s:g}" for s in SPECIFICITIES if len(val.rows) * (1 - s) < 1]
+    if not beyond:
+        return []
+    return [
+        f"val has {len(val.rows):,} images with scores, too few to choose a threshold of specificity "
+        f"{', '.join(beyond)}: there it is the highest score of the other images"
+    ]
 
 
 @dataclass(frozen=True, eq=False)
