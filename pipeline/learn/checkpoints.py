@@ -1,0 +1,116 @@
+"""Checkpoints of a training: whole files or none, found again after any kill.
+
+Comes in: a dictionary of tensors and plain values. Goes out: ``OUT/checkpoint-<stage>-<step>-<digest>.pt``, which
+``torch.load`` reads. Guarantees: written to a temporary file, synced, then renamed to a name that holds the SHA-256 of
+its bytes, so a torn or altered file is never taken for a checkpoint; read without unpickling anything but tensors and
+plain values; the newest two stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import IntegrityError, StoreError
+
+FORMAT_VERSION = 1
+KEPT = 2
+"""The newest, and the one before it, should the disk have damaged that."""
+
+_NAME = re.compile(r"checkpoint-\d{3}-\d{10}-([0-9a-f]{32})\.pt")
+_PART = re.compile(r"\.checkpoint-.*\.part")
+
+
+def save(folder: Path, stage: int, step: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` as the checkpoint of ``step``, with ``stage`` to go on with; older ones but the last go."""
+
+    def write(path: Path) -> None:
+        torch.save({"format_version": FORMAT_VERSION, **state}, path)
+
+    def name(digest: str) -> str:
+        return f"checkpoint-{stage:03d}-{step:010d}-{digest[:32]}.pt"
+
+    path = write_whole(folder, write, name)
+    for old in [one for one in checkpoints(folder) if one != path][KEPT - 1 :]:
+        with suppress(FileNotFoundError):
+            old.unlink()
+    for part in folder.iterdir():  # of a process that was killed while it wrote
+        if _PART.fullmatch(part.name):
+            with suppress(FileNotFoundError):
+                part.unlink()
+    return path
+
+
+def write_whole(folder: Path, write: Callable[[Path], None], name: Callable[[str], str]) -> Path:
+    """A file of ``folder`` that is there whole or not at all; ``name`` is told the SHA-256 of its bytes."""
+    draft = folder / f".checkpoint-{os.getpid()}-{os.urandom(4).hex()}.part"
+    try:
+        try:
+            write(draft)
+            with draft.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            os.replace(draft, path := folder / name(digest))
+            _sync_directory(folder)
+        finally:
+            with suppress(FileNotFoundError):
+                draft.unlink()
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        raise StoreError(
+            f"{folder}: nothing could be written there: {error}; free space or name another DIR"
+        ) from error
+    return path
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Files that are named like checkpoints, the newest first."""
+    return sorted((path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def load_newest(folder: Path, tell: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, on the CPU; None where there is none. Each damaged one is told.
+
+    IntegrityError where all are damaged: to begin anew must be somebody's decision.
+    """
+    found = checkpoints(folder)
+    for path in found:
+        if problem := _problem(path):
+            tell(f"{path.name} is passed over: {problem}")
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("format_version") != FORMAT_VERSION:
+            raise IntegrityError(
+                f"{path}: format_version {state.get('format_version')!r}, this version of evenshard reads "
+                f"{FORMAT_VERSION}; resume with the version that wrote it"
+            )
+        return state
+    if found:
+        raise IntegrityError(f"{folder}: all {len(found)} checkpoints are damaged; name another DIR to begin anew")
+    return None
+
+
+def _problem(path: Path) -> str:
+    match = _NAME.fullmatch(path.name)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if match is None or not digest.startswith(match[1]):
+        return f"its bytes have SHA-256 {digest[:32]}..., not what its name says"
+    return ""

@@ -1,0 +1,143 @@
+"""Training under torchrun: 1, 2 and 4 ranks are one training; killed, it goes on with another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_snapshot import write_snapshot
+from train_rank import recipe_of, rows
+
+from pipeline.learn.checkpoints import checkpoints, load_newest
+from pipeline.learn.trainer import Step, train
+from pipeline.snapshot import Snapshot
+
+TOP = Path(__file__).parents[1]
+NUM_STEPS = 52  # 7 epochs of 93 draws and 5 of 115, in steps of 24
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return write_snapshot(tmp_path_factory.mktemp("train"))
+
+
+def options(snapshot: Snapshot, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "root": snapshot.store.url, "out": str(out), "stages": ["natural:7 -> balanced:5:loss=weighted:lr=0.01"],
+        "loss": "balanced-softmax", "model": "small_cnn", "norm": "group", "side": 16, "batch_size": 24, "lr": 0.02,
+        "workers": 1, "save_every": 9, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Step]]:
+    """The same training by one process, without torchrun."""
+    out, seen = tmp_path_factory.mktemp("alone") / "out", list[Step]()
+    train(recipe_of(options(snapshot, out)), observe=seen.append)
+    return out, seen
+
+
+def torchrun(given: dict[str, Any], folder: Path, num_ranks: int, at_step: int = 0, number: int = 0) -> tuple[int, str]:
+    """Exit code and output; rank files lie in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    environment = {
+        "PYTHONPYCACHEPREFIX": str(folder.parent / "compiled"),
+        **os.environ,
+        "PYTHONPATH": f"{TOP}{os.pathsep}{TOP / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    job = subprocess.Popen(
+        [*command, str(TOP / "tests/train_rank.py"), json.dumps(given), str(folder), str(at_step), str(number)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output = job.communicate(timeout=150)[0]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
+    return job.returncode, output
+
+
+def told(folder: Path, num_ranks: int) -> list[dict[str, Any]]:
+    """What all ranks did, step by step: positions of the global batch, and the loss, which is the same on all."""
+    parts = [[json.loads(line) for line in (folder / f"{r}.jsonl").read_text().splitlines()] for r in range(num_ranks)]
+    steps = list(zip(*parts, strict=False))
+    assert all(len({part["loss"] for part in step}) == 1 for step in steps)
+    return [{**step[0], "positions": [p for part in step for p in part["positions"]]} for step in steps]
+
+
+def weights(out: Path) -> torch.Tensor:
+    held = torch.load(out / "model.pt", weights_only=True)["state_dict"]
+    return torch.cat([tensor.flatten() for tensor in held.values()])
+
+
+def draws(steps: list[dict[str, Any]]) -> dict[int, list[int]]:
+    return {stage: [p for s in steps if s["stage"] == stage for p in s["positions"]] for stage in (0, 1)}
+
+
+WHOLE = {0: list(range(28 * 24)), 1: list(range(24 * 24))}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_any_number_of_ranks_is_one_training(
+    num_ranks: int, snapshot: Snapshot, alone: tuple[Path, list[Step]], tmp_path: Path
+) -> None:
+    out, seen = alone
+    code, output = torchrun(options(snapshot, tmp_path / "out"), tmp_path / "ranks", num_ranks)
+    assert code == 0, output
+    steps = told(tmp_path / "ranks", num_ranks)
+    assert len(steps) == len(seen) == NUM_STEPS
+    assert draws(steps) == WHOLE
+    assert max(abs(one["loss"] - other.loss) for one, other in zip(steps, seen, strict=True)) < 1e-4
+    assert float((weights(tmp_path / "out") - weights(out)).abs().max()) < 1e-4
+    mine, theirs = (json.loads((where / "summary.json").read_text()) for where in (tmp_path / "out", out))
+    assert (mine["ranks"], theirs["ranks"]) == (num_ranks, 1)
+    assert mine["worst"] == theirs["worst"]
+
+
+def test_killed_it_goes_on_with_other_ranks_and_every_draw_counts_once(
+    snapshot: Snapshot, alone: tuple[Path, list[Step]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, output = torchrun(options(snapshot, out), tmp_path / "first", 2, at_step=34)
+    assert code != 0, output
+    assert not (out / "model.pt").exists()
+    state = load_newest(out, print)
+    assert state is not None
+    begun = state["progress"]["num_steps"]
+    assert (state["progress"]["stage"], begun) == (1, 28)  # after the first stage; 27 was the last multiple of 9 before
+    code, output = torchrun(options(snapshot, out, resume=True), tmp_path / "second", 3)
+    assert code == 0, output
+    first, second = told(tmp_path / "first", 2), told(tmp_path / "second", 3)
+    assert [one["step"] for one in second] == list(range(begun + 1, NUM_STEPS + 1))
+    assert draws([*first[:begun], *second]) == WHOLE
+    assert float((weights(out) - weights(alone[0])).abs().max()) < 1e-4
+    # Three ranks of eight meet eleven test images: each is counted once, and as by one rank.
+    by_three = json.loads((tmp_path / "second/rows.json").read_text())
+    assert sorted(by_three) == sorted(rows(recipe_of(options(snapshot, out))))
+    assert len(by_three) == 11
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stages"][1]["scores"]["as_it_is"]["num_images"] == 11
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(snapshot: Snapshot, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, output = torchrun(options(snapshot, out), tmp_path / "ranks", 2, at_step=31, number=signal.SIGTERM)
+    assert code != 0
+    assert "exitcode  : 130" in output, output
+    state = load_newest(out, print)
+    assert state is not None
+    # Noted in step 31, told to all ranks in step 32.
+    assert (state["progress"]["num_steps"], state["progress"]["loader"]["consumed"]) == (32, 4 * 24)
+    assert [len((tmp_path / f"ranks/{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [32, 32]
+    assert len(checkpoints(out)) == 2
