@@ -18,6 +18,9 @@ from pipeline.snapshot import open_snapshot
 
 TINY_COUNTS = {"apple": 40, "bread": 12, "cocoa": 5, "dates": 2, "endive": 1, "fig": 1}
 
+TINY_TRAINING = ("--model", "small_cnn", "--side", "16", "--batch-size", "8", "--workers", "1")
+"""What makes any `evenshard train` small enough for a test, and its batches for TINY_COUNTS."""
+
 # Seeded and free of the clock, like every test here: a failure seen once is seen again.
 settings.register_profile("evenshard", derandomize=True, deadline=None, database=None)
 settings.load_profile("evenshard")

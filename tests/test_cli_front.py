@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from conftest import write_guesses
+from conftest import TINY_TRAINING, write_guesses
 from tiny_snapshot import COUNTS, write_snapshot
 
 import pipeline
@@ -82,6 +82,7 @@ def test_every_example_of_the_help_runs(
         "PHOTOS": str(tiny_images),
         **{word: str(tmp_path / word) for word in ("ROOT", "DEST", "OTHER", "PREDICTIONS", "PAGE")},
     }
+    smaller = {"train": TINY_TRAINING}
     first = ("build", "manifest", "schedule")
     order = [*first, *sorted(set(commands()) - {*first, "demo"})]
     for name in order:
@@ -89,7 +90,7 @@ def test_every_example_of_the_help_runs(
             write_guesses(tmp_path / "ROOT", tmp_path / "PREDICTIONS")
         for example in commands()[name].examples:
             words = [places.get(word, word) for word in shlex.split(example)]
-            assert call(*words) == 0, f"{example}: {capsys.readouterr().err}"
+            assert call(*words, *smaller.get(name, ())) == 0, f"{example}: {capsys.readouterr().err}"
 
 
 # -- what is mistyped

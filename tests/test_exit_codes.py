@@ -29,10 +29,11 @@ READERS = {
     "report": "report {}",
     "export": "export {} natural {tmp}/dest",
     "evaluate": "evaluate {} {tmp}/file",
+    "train": "train {} --stage natural:1 --out {tmp}/w",
 }
 """How each is called; {} is ROOT."""
 
-WITH_AT = ("stats", "plan", "manifests", "classes", "pin", "verify", "report", "export", "evaluate")
+WITH_AT = ("stats", "plan", "manifests", "classes", "pin", "verify", "report", "export", "evaluate", "train")
 
 FAILED = {
     "source is not there": ("build {tmp}/none {tmp}/r", "none"),
@@ -61,6 +62,9 @@ FAILED = {
     "predictions of nothing": ("evaluate {root} {tmp}/file", "neither CSV in UTF-8 nor Parquet"),
     "trained on no such manifest": ("evaluate {root} {tmp}/file --manifest balancd", "did you mean 'balanced'"),
     "no source to show": ("report {root} --source {tmp}/none", "no directory"),
+    "no such manifest to train on": ("train {root} --stage balancd:1 --out {tmp}/x", "did you mean 'balanced'"),
+    "no such weights": ("train {root} --stage natural:1 --out {tmp}/y --weights {tmp}/none.pt", "never downloaded"),
+    "a training's place is taken": ("train {root} --stage natural:1 --out {tmp}/taken", "holds other files"),
     "the demo's place is taken": ("demo {tmp}/busy", "another directory"),
     **{f"no ROOT: {name}": (words.replace("{}", "{tmp}/none"), "evenshard build") for name, words in READERS.items()},
     **{f"empty ROOT: {name}": (words.replace("{}", "{tmp}/empty"), "no snapshot") for name, words in READERS.items()},
@@ -113,6 +117,12 @@ WRONG = {
     "no snapshot 0": ("diff {} 0", "x>=1"),
     "no last": ("history {} --last 0", "x>=1"),
     "named": ("diff {} --named -1", "x>=0"),
+    "no stage": ("train {} --stage natural --out {tmp}/w", "MANIFEST:EPOCHS"),
+    "no such option of a stage": ("train {} --stage natural:1:frezee --out {tmp}/w", "did you mean 'freeze'"),
+    "no such model": ("train {} --stage natural:1 --model resnet81 --out {tmp}/w", "did you mean 'resnet18'"),
+    "no such loss": ("train {} --stage natural:1 --loss balanced-softmx --out {tmp}/w", "did you mean 'balanced-so"),
+    "no batch to train": ("train {} --stage natural:1 --batch-size 0 --out {tmp}/w", "batch_size must be 1 or more"),
+    "no rate": ("train {} --stage natural:1 --lr -1 --out {tmp}/w", "lr must be above 0"),
     "no shell": ("completion sh", "bash"),
     **{f"unknown option: {name}": (f"{words} --spilt", "--spilt") for name, words in READERS.items()},
     **{f"one too many: {name}": (f"{words} 1 1 1", "extra argument") for name, words in READERS.items()},

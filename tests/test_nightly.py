@@ -380,12 +380,14 @@ def test_the_flags_of_the_jobs_are_frozen() -> None:
     import jobs.build
     import jobs.export
     import jobs.nightly
+    import jobs.train
     import jobs.verify
 
     commands = {
         "build": jobs.build.build,
         "export": jobs.export.export,
         "nightly": jobs.nightly.nightly,
+        "train": jobs.train.train,
         "verify": jobs.verify.verify,
     }
     assert set(commands) == {path.stem for path in (TOP / "jobs").glob("[a-z]*.py")}
@@ -397,7 +399,7 @@ def test_the_flags_of_the_jobs_are_frozen() -> None:
     assert found == frozen, f"{changed}: if that is meant, run this test once with EVENSHARD_UPDATE_GOLDEN=1"
 
 
-@pytest.mark.parametrize("name", ["build", "export", "nightly", "verify"])
+@pytest.mark.parametrize("name", ["build", "export", "nightly", "train", "verify"])
 def test_every_job_is_the_command_of_its_name(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{name}", "--help"], cwd=TOP, capture_output=True, text=True, check=False

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TINY_COUNTS, write_guesses
+from conftest import TINY_COUNTS, TINY_TRAINING, write_guesses
 from containers import Sample, parquet_of, put, samples_of
 from fsspec.implementations.memory import MemoryFileSystem
 from serial_engine import serial_engine
@@ -111,15 +111,17 @@ def misfits(group: click.Group, words: list[str]) -> list[str]:
 def ran(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> tuple[Path, list[Result]]:
     """ROOT, and what each command of the section Commands gave, in its order, on a tiny source."""
     folder = tmp_path_factory.mktemp("readme")
-    places = {"PHOTOS": str(tiny_images), "ROOT": str(folder / "root"), "DEST": str(folder / "dest")}
-    places["PREDICTIONS"] = str(folder / "predictions")
+    names = ("ROOT", "DEST", "DIR", "PREDICTIONS")
+    places = {"PHOTOS": str(tiny_images), **{name: str(folder / name.lower()) for name in names}}
+    smaller = {"train": TINY_TRAINING}
     first_block = "```bash\n" + blocks(section("Commands"), "bash")[0] + "```\n"
     commands = [words for words in shown_commands(first_block, "evenshard") if words[0] != "demo"]
     results: list[Result] = []
     for line in commands:
         if line[0] == "evaluate":
             write_guesses(folder / "root", folder / "predictions")
-        results.append(CliRunner().invoke(cli(), [places.get(word, word) for word in line]))
+        words = [*(places.get(word, word) for word in line), *smaller.get(line[0], ())]
+        results.append(CliRunner().invoke(cli(), words))
     return folder / "root", results
 
 
@@ -208,12 +210,23 @@ def renamed(parquet: bytes) -> bytes:
 def test_the_python_blocks_run(ran: tuple[Path, list[Result]], tmp_path: Path) -> None:
     # The tiny set has fewer images than one of the README's batches.
     programs = [text.replace("batch_size=64", "batch_size=8") for text in blocks(README, "python")]
-    assert len(programs) == 2
+    assert len(programs) == 3
+    stages = '("natural", 20, 0.1), ("balanced", 5, 0.01)'
+    assert sum(stages in text for text in programs) == 1
+    # One epoch each, of a network a fortieth of the size: what is held is that the loop runs.
+    programs = [text.replace(stages, '("natural", 1, 0.1), ("balanced", 1, 0.01)') for text in programs]
+    programs = [text.replace("resnet18(", "shufflenet_v2_x0_5(") for text in programs]
     import torch
 
     given = {"checkpoint": None, "device": "cpu", "path": tmp_path / "checkpoint.pt", "model": torch.nn.Linear(1, 1)}
     for program in programs:
         exec(program.replace('"ROOT"', repr(str(ran[0]))), given)
+
+
+def test_the_training_loop_of_a_user_has_thirty_lines() -> None:
+    (loop,) = blocks(section("Train"), "python")
+    assert "torch.nn.CrossEntropyLoss" in loop
+    assert len(loop.splitlines()) <= 30
 
 
 def test_python_blocks_use_public_names() -> None:

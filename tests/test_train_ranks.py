@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_TRAINING
 from tiny_snapshot import write_snapshot
 from train_rank import recipe_of, rows
 
@@ -47,6 +48,11 @@ def alone(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def torchrun(given: dict[str, Any], folder: Path, num_ranks: int, at_step: int = 0, number: int = 0) -> tuple[int, str]:
     """Exit code and output; rank files lie in ``folder``."""
     folder.mkdir(exist_ok=True)
+    program = str(TOP / "tests/train_rank.py"), json.dumps(given), str(folder), str(at_step), str(number)
+    return launch(folder, num_ranks, program, stderr=subprocess.STDOUT)
+
+
+def launch(folder: Path, num_ranks: int, program: tuple[str, ...], stderr: int) -> tuple[int, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = {
         "PYTHONPYCACHEPREFIX": str(folder.parent / "compiled"),
@@ -56,9 +62,8 @@ def torchrun(given: dict[str, Any], folder: Path, num_ranks: int, at_step: int =
         "PYTHONDONTWRITEBYTECODE": "",
     }
     job = subprocess.Popen(
-        [*command, str(TOP / "tests/train_rank.py"), json.dumps(given), str(folder), str(at_step), str(number)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
+        [*command, *program], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, start_new_session=True
+    )
     try:
         output = job.communicate(timeout=150)[0]
     finally:
@@ -141,3 +146,23 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(snapshot: 
     assert (state["progress"]["num_steps"], state["progress"]["loader"]["consumed"]) == (32, 4 * 24)
     assert [len((tmp_path / f"ranks/{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [32, 32]
     assert len(checkpoints(out)) == 2
+
+
+def test_the_job_under_torchrun_speaks_once(snapshot: Snapshot, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (
+        "-m",
+        "jobs.train",
+        snapshot.store.url,
+        "--stage",
+        "natural:1",
+        "--out",
+        str(out),
+        *TINY_TRAINING,
+        "--json",
+    )
+    code, output = launch(tmp_path, 2, words, stderr=subprocess.DEVNULL)
+    assert code == 0
+    assert json.loads(output) == json.loads((out / "summary.json").read_text())
+    assert json.loads(output)["ranks"] == 2
+    assert (out / "index.html").exists()

@@ -31,6 +31,7 @@ from pipeline.cli.nights import nightly, status
 from pipeline.cli.planning import classes, manifest, manifests, plan, schedule
 from pipeline.cli.show import name as one_line
 from pipeline.cli.show import safe
+from pipeline.cli.training import train
 from pipeline.errors import EngineError, EvenshardError, UsageError
 from pipeline.ingest.whoami import ray_job
 from pipeline.store import redact, spare_pandas
@@ -42,6 +43,7 @@ _STOPPED = {
     "export": "whole tars are kept, no other is there; run it again to go on",
     "gc": "what was removed belonged to collected snapshots alone; run it again to finish",
     "schedule": "either all of its manifests were added, or none",
+    "train": "checkpoints that were written are whole; --resume goes on from the newest",
     "": "nothing was changed",
 }
 
@@ -76,7 +78,7 @@ for _command in (
         plan,
         report,
     ),
-    *(schedule, stats, status, verify),
+    *(schedule, stats, status, train, verify),
 ):
     cli.add_command(_command)
 

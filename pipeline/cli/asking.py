@@ -89,3 +89,19 @@ def manifest_names(context: click.Context, parameter: click.Parameter, incomplet
         return [name for name in open_snapshot(context.params["root"]).manifests if name.startswith(incomplete)]
     except (EvenshardError, KeyError, TypeError):
         return []
+
+
+def loss_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The losses of a training."""
+    from pipeline.learn.recipe import LOSSES
+
+    return [name for name in LOSSES if name.startswith(incomplete)]
+
+
+def model_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The models of a training, where torchvision is installed."""
+    try:
+        from pipeline.learn.models import model_names as known
+    except ModuleNotFoundError:
+        return []
+    return [name for name in known() if name.startswith(incomplete)]

@@ -18,11 +18,13 @@ Inside, in this order:
     page.py        all of it -> ``write_report``
     evaluation.py  an evaluation of a model -> ``write_evaluation``, by evaluation.html
     built.py       the page of a build
+    trained.py     the page of a training, with trained.html
     page.html, page.css, page.js
 """
 
 from pipeline.report.built import write_build_report
 from pipeline.report.evaluation import write_evaluation
 from pipeline.report.page import write_report
+from pipeline.report.trained import write_training_page
 
-__all__ = ["write_build_report", "write_evaluation", "write_report"]
+__all__ = ["write_build_report", "write_evaluation", "write_report", "write_training_page"]
