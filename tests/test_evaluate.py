@@ -190,6 +190,30 @@ def test_the_prior_is_that_of_manifest_weights_and_offset(snapshot: Snapshot, tm
         evaluate(snapshot, path, priors=["flat"])
 
 
+def test_the_worst_classes_and_what_they_are_taken_for(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Of classes that are never recognised, those with most images come first."""
+    rows = sorted(images(snapshot, "test"), key=lambda row: row["class_id"])
+    predicted = [0] * 12 + [2] * 5 + [0] * 3 + [0] * 5 + [3] * 4 + [0] * 3
+    table: Table = {"key": [row["key"] for row in rows], "label": predicted}
+    told = evaluate(snapshot, write(tmp_path / "p.parquet", table))
+    assert told.worst(9) == [1, 2, 4, 6, 0, 3]
+    assert told.worst(2) == [1, 2]
+    assert told.variants[0].confused.tolist() == [-1, 2, 0, -1, 0, -1, 0]
+    assert told.variants[0].num_never == 4
+
+
+def test_an_image_that_only_an_impossible_class_claims_is_wrong(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Class 6 has no training image: corrected, nothing is left to predict for what is given to it alone."""
+    rows = images(snapshot, "test")
+    certain = np.eye(K)[[row["class_id"] for row in rows]]
+    first = next(place for place, row in enumerate(rows) if row["class_id"] == 0)
+    certain[first] = np.eye(K)[6]
+    table: Table = {"key": [row["key"] for row in rows], "scores": certain.tolist()}
+    given, uniform = evaluate(snapshot, write(tmp_path / "p.parquet", table)).variants
+    np.testing.assert_allclose(given.recall, [11 / 12, 1, 1, 1, 1, np.nan, 1])
+    np.testing.assert_allclose(uniform.recall, [11 / 12, 1, 1, 1, 1, np.nan, 0])
+
+
 def test_em_says_whether_it_converged(snapshot: Snapshot, tmp_path: Path) -> None:
     path, _, _ = scored(tmp_path / "p.csv", snapshot, "test")
     note = evaluate(snapshot, path, priors=["em"]).variants[1].notes[0]
