@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from remedies_rows import FIGURES, ROWS, run_rows
+from remedies_rows import FIGURES, GROCERY_ROWS, ROWS, Row, run_rows
 from remedies_sets import Held, drawn, grocery, shrink_grocery
 from remedies_tell import Found, plot, table
 
@@ -38,10 +38,10 @@ SEEDS = 8
 
 @dataclass(frozen=True)
 class OfSeed:
-    """What one seed gave: figures [rows, figures], and how many classes each group has."""
+    """What one seed gave: ``FIGURES`` by name of row, and how many classes each group has."""
 
     seed: int
-    figures: np.ndarray
+    figures: dict[str, list[float]]
     members: dict[str, int]
     cpu_s: float
 
@@ -53,17 +53,18 @@ def run_seed(num_steps: int, photos: Path | None, small: Path, seed: int) -> OfS
     with tempfile.TemporaryDirectory(prefix="remedies-") as name:
         place = Path(name) / "seed"
         held = drawn(seed, place) if photos is None else grocery(seed, photos, small, place)
-    figures = np.array(list(_told(held, seed, num_steps)))
+    rows = ROWS if photos is None else GROCERY_ROWS
+    figures = dict(_told(held, seed, num_steps, rows))
     group = group_of(held.counts)
     members = {name: int((group == place).sum()) for place, name in enumerate(GROUPS)}
     return OfSeed(seed, figures, members, time.process_time() - started_s)
 
 
-def _told(held: Held, seed: int, num_steps: int) -> Iterator[list[float]]:
-    for row, figures in run_rows(held, seed, num_steps):
+def _told(held: Held, seed: int, num_steps: int, rows: tuple[Row, ...]) -> Iterator[tuple[str, list[float]]]:
+    for row, figures in run_rows(held, seed, num_steps, rows):
         words = ", ".join(f"{name} {100 * value:.1f}" for name, value in zip(FIGURES, figures, strict=True))
         print(f"seed {seed}, {row.name}: {words}", flush=True)
-        yield figures
+        yield row.name, figures
 
 
 def run(seeds: range, num_steps: int, processes: int, photos: Path | None = None) -> list[OfSeed]:
@@ -83,7 +84,7 @@ def run(seeds: range, num_steps: int, processes: int, photos: Path | None = None
 
 def by_row(done: list[OfSeed]) -> Found:
     """``{row name: [seeds, figures]}``."""
-    return {row.name: np.stack([one.figures[i] for one in done]) for i, row in enumerate(ROWS)}
+    return {name: np.array([one.figures[name] for one in done]) for name in done[0].figures}
 
 
 def write(done: list[OfSeed], out: Path, title: str) -> str:
@@ -95,8 +96,7 @@ def write(done: list[OfSeed], out: Path, title: str) -> str:
         writer.writerow(("seed", "row", *FIGURES))
         for one in done:
             writer.writerows(
-                (one.seed, row.name, *(f"{value:.5f}" for value in figures))
-                for row, figures in zip(ROWS, one.figures, strict=True)
+                (one.seed, name, *(f"{value:.5f}" for value in figures)) for name, figures in one.figures.items()
             )
     text = table(found, FIGURES, members)
     Path(f"{out}.md").write_text(f"{text}\n", "utf-8")

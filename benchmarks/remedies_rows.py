@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from remedies_sets import Held, generator
 from torch import nn
 
+from pipeline.learn.losses import CrossEntropy
 from pipeline.learn.metrics import balanced_accuracy, per_class_recall
 from pipeline.learn.priors import carried, log_softmax, step, uniform
 from pipeline.learn.train import normalise, rate_at, small_cnn
@@ -71,6 +72,15 @@ ROWS = (
     Row("natural, tau-norm head (tau 1)", _NATURAL, "tau-norm"),
 )
 
+GROCERY_ROWS = tuple(
+    row
+    for row in ROWS
+    if {stage.manifest for stage in row.stages} <= {"natural", "square-root", "balanced"}
+    and row.stages[-1].loss in ("plain", "log_q")
+    and row.stages != (Stage("balanced"),)
+)
+"""Those of the first table that can be recommended, and what they start from: time is for seeds."""
+
 FIGURES = ("balanced", *GROUPS, "at natural prior", "corrected to it")
 """In [0, 1]: mean recall over all classes, and over many-, medium-, few- and one-shot ones; accuracy where classes are
 as frequent as in train, by the row's predictions and by its logits moved to that prior (NaN where they carry none)."""
@@ -118,26 +128,26 @@ def _train(before: nn.Sequential, held: Held, stages: tuple[Stage, ...], seed: i
         model[-1].requires_grad_(True)
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(moving, lr=stage.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    weight, offset = vectors(held, stage)
+    criterion = CrossEntropy(*vectors(held, stage))
     pixels = nn.functional.pad(held.train, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN), value=128)
     for i in range(mine):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * rate_at(i / mine)
         logits = model(normalise(_augmented(pixels, rows[i], held.side, (seed, sum(earlier) + i)), torch.device("cpu")))
-        loss = nn.functional.cross_entropy(logits + offset, labels[rows[i]], weight)
+        loss = criterion(logits, labels[rows[i]])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     return model.requires_grad_(True)
 
 
-def vectors(held: Held, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class weights and logit offset of a stage's loss, float32 [K] each."""
+def vectors(held: Held, stage: Stage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Class weights and logit offset of a stage's loss, float64 [K] each."""
     manifest = held.manifests[stage.manifest]
     none = np.zeros(len(held.counts))
     offset = manifest.log_q if stage.loss == "log_q" else none
     weight = none + 1 if stage.loss in ("plain", "log_q") else manifest.weights(stage.loss)
-    return torch.from_numpy(weight).float(), torch.from_numpy(offset).float()
+    return weight, offset
 
 
 def _renew_head(model: nn.Sequential, seed: int) -> None:
@@ -188,7 +198,7 @@ def carried_prior(row: Row, held: Held) -> NDArray[np.float64] | None:
     if row.predict == "tau-norm":
         return None
     weight, offset = vectors(held, row.stages[-1])
-    return carried(held.manifests[row.stages[-1].manifest].log_q, weight.double().numpy(), offset.double().numpy())
+    return carried(held.manifests[row.stages[-1].manifest].log_q, weight, offset)
 
 
 def _recall(logits: NDArray[np.float64], held: Held) -> NDArray[np.float64]:
