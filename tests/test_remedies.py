@@ -214,7 +214,12 @@ def made_up() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     base = rng.uniform(0.2, 0.6, (8, 1)) + rng.normal(0, 0.01, (8, 3))
     noise = rng.normal(0, 0.005, (8, 3))
-    return {"first": base, "better": base + 0.03 + noise, "equal": base.copy(), "noisy": base + noise - noise.mean(0)}
+    return {
+        "first": base,
+        "better": base + 0.03 + noise,
+        "equal": base.copy(),
+        "noisy": base + noise - noise.mean(0) + 0.0005,
+    }
 
 
 def test_a_better_row_has_an_interval_above_zero_and_an_equal_one_has_not() -> None:
