@@ -85,7 +85,7 @@ def _told(interval: Interval | None) -> str:
 
 # -- plot --------------------------------------------------------------------------------------------------------------
 
-LEFT, WIDTH, GAP, LINE, TOP = 372, 300, 24, 24, 58
+LEFT, WIDTH, GAP, LINE, TOP = 404, 300, 24, 24, 58
 
 
 def plot(found: Found, figures: Sequence[str], title: str) -> str:
