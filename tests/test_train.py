@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,17 @@ def test_crt_moves_the_head_alone_from_fresh_weights_and_tau_equals_norms(snapsh
     torch.testing.assert_close(scaled[head[0]].norm(dim=1), torch.ones(6))
     assert not scaled[head[1]].any()
     assert "corrected" not in summary(third)["stages"][1]["scores"]
+
+
+def test_bf16_is_of_the_network_alone(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Parameters, losses and scores stay float32; the losses are near those of float32, and not the same."""
+    found = {kind: list[Step]() for kind in ("fp32", "bf16")}
+    for kind, seen in found.items():
+        train(recipe(snapshot, tmp_path / kind, "natural:1", precision=kind), observe=seen.append)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
+    exact, rounded = ([one.loss for one in seen] for seen in found.values())
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=0.1)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -303,6 +316,35 @@ def test_tensorboard_is_asked_for_in_words(
     assert call(*words, "--tensorboard") == 1
     assert "pip install tensorboard" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_what_the_log_gets(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "out/tensorboard"), 1)
+
+        def add_scalar(self, *scalar: Any) -> None:
+            written.append(scalar)
+
+        def close(self) -> None:
+            written.append(("closed", 0.0, 0))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr("pipeline.learn.ledger.find_spec", lambda name: name)  # type: ignore[misc]
+    train(recipe(snapshot, tmp_path / "out", "natural:1", tensorboard=True))
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    logged = [
+        (name, value, line["step"])
+        for line in lines
+        for name, value in line.items()
+        if name not in ("step", "stage") and value is not None
+    ]
+    assert "loss" in {name for name, _, _ in logged}
+    assert written == [*logged, ("closed", 0.0, 0)]
 
 
 # -- the summary and its page
