@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_snapshot
 from browser import Browser, find_browser
+from conftest import TINY_TRAINING
 from hostile_names import HOSTILE
 from PIL import Image
 
 import pipeline
+from pipeline.cli import cli, run
 from pipeline.learn.evaluation import evaluate
 from pipeline.plan.manifest import WEIGHTS
 from pipeline.report import write_evaluation, write_report
@@ -122,6 +124,23 @@ def test_the_page_of_an_evaluation_is_text_and_fits(
         assert browser.ask("document.documentElement.scrollWidth") == width
     shown = browser.ask("[...document.querySelectorAll('#worst td:first-child')].map(cell => cell.textContent)")
     assert sorted(shown) == sorted(visible(name) for name in snapshot.classes["name"].to_pylist())
+    assert browser.ask("document.querySelectorAll('img, script, b').length") == 0
+
+
+def test_the_page_of_a_training_is_text_and_fits(
+    browser: Browser, hostile: tuple[Path, Snapshot], tmp_path: Path
+) -> None:
+    root, names = hostile[1].store.url, hostile[1].classes["name"].to_pylist()
+    words = ("--stage", "natural:1", "--stage", "balanced:1", "--split", "train", "--out", str(tmp_path / "out"))
+    assert run(cli, ["train", root, *words, *TINY_TRAINING]) == 0
+    page = tmp_path / "out/index.html"
+    for width, dark in ((1200, False), (390, True)):
+        browser.open(page, width=width, dark=dark)
+        assert browser.problems == []
+        assert browser.requests == [page.as_uri()]
+        assert browser.ask("document.documentElement.scrollWidth") == width
+    shown = browser.ask("[...document.querySelectorAll('#all tbody th')].map(cell => cell.textContent)")
+    assert sorted(shown) == sorted(visible(name) for name in names)
     assert browser.ask("document.querySelectorAll('img, script, b').length") == 0
 
 

@@ -68,8 +68,8 @@ def launch(folder: Path, num_ranks: int, program: tuple[str, ...], stderr: int) 
         output = job.communicate(timeout=150)[0]
     finally:
         if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.communicate()
+            job.terminate()  # it ends its ranks, which are sessions of their own, within thirty seconds
+            job.communicate(timeout=60)
     return job.returncode, output
 
 
