@@ -127,7 +127,7 @@ def test_a_build_that_is_stopped_at_its_page_says_that_it_is_published(
 
 def test_an_export_that_is_interrupted_keeps_whole_tars_and_the_next_one_finishes(root: Path, tmp_path: Path) -> None:
     dest = tmp_path / "dest"
-    assert run(cli, ["manifest", str(root), "long", "--policy", "balanced:per_class=300"]) == 0
+    assert run(cli, ["manifest", str(root), "long", "--policy", "balanced:per_class=1000"]) == 0
     words = ["export", str(root), "long", str(dest), "--shard-samples", "20", "--workers", "1", "--address", "none"]
     command = [sys.executable, "-m", "pipeline.cli", *words]
     with subprocess.Popen(
@@ -144,4 +144,4 @@ def test_an_export_that_is_interrupted_keeps_whole_tars_and_the_next_one_finishe
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 2 * 20
     assert run(cli, [*words, "--quiet"]) == 0
-    assert len(list(dest.glob("*.tar"))) == 90
+    assert len(list(dest.glob("*.tar"))) == 300

@@ -104,7 +104,7 @@ def read_all(watch: Watch, root: object, dest: object, code: int | None = 0) -> 
         ("stats", root), ("stats", root, "--rejects"), ("verify", root), ("verify", root, "--json"), ("history", root),
         ("manifests", root), ("plan", root), ("classes", root, "balanced"), ("report", root), ("pin", root, "paper"),
         ("pin", root), ("gc", root, "--keep", "1"), ("gc", root, "--keep", "1", "--delete"), ("diff", root),
-        ("export", root, "natural", dest), ("manifest", root, "extra", "--policy", "natural"),
+        ("export", root, "natural", dest, "--address", "none"), ("manifest", root, "extra", "--policy", "natural"),
         ("schedule", root, "progressive", "--epochs", "9"),
     ):  # fmt: skip
         watch.run(*words, code=None if words[0] in ("diff", "gc", "pin") else code)

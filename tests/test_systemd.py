@@ -120,9 +120,9 @@ def prepare(place: Path, images: Path) -> None:
             text = text.replace(old, new)
         (place / "units" / name).write_text(text)
     for unit, lines in {
-        # A user manager cannot become another user; the interpreter of these tests may lie in somebody's home; and in a
-        # container there may be no /proc/kmsg and no /proc/sys to hide.
-        SERVICE: "[Service]\nUser=\nProtectHome=no\n"
+        # A user manager cannot become another user; the interpreter of these tests may lie in somebody's home or
+        # in /tmp; and in a container there may be no /proc/kmsg and no /proc/sys to hide.
+        SERVICE: "[Service]\nUser=\nProtectHome=no\nPrivateTmp=no\n"
         "ProtectKernelLogs=no\nProtectKernelTunables=no\nStandardOutput=append:/srv/night.log\nStandardError=inherit\n",
         TIMER: "[Timer]\nRandomizedDelaySec=0\n",
     }.items():
