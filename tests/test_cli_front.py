@@ -259,14 +259,24 @@ def test_manifests_complete_and_a_root_that_does_not_open_offers_nothing(root: P
 # -- interruption
 
 
+def heed_sigint() -> None:
+    """In a new process: a shell's background jobs, these tests among them, are started with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_build_publishes_nothing_and_the_next_one_finishes(tiny_images: Path, tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "root"
-    for copy in range(200):  # of other names, so other classes, so no duplicates within a class
+    for copy in range(30):  # of other names, so other classes, so no duplicates within a class
         shutil.copytree(tiny_images / "bread", source / f"c{copy}")
     words = ["build", source, root, "--address", "none", "--workers", "1", "--allow", "rejects", "--shard-samples", "5"]
     command = [sys.executable, "-m", "pipeline.cli", *map(str, words)]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_sigint,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
