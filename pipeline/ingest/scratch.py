@@ -1,7 +1,7 @@
 """Columns with a value for every image, in memory that is a file: what is not in use need not be resident.
 
-Comes in: shapes, tables. Goes out: arrays and tables like any other. Guarantees: nothing is left behind, whatever dies
-(the files have no name); a full disk is an OSError when a column is made, never a crash when it is filled; small
+Comes in: shapes, columns. Goes out: arrays like any other. Guarantees: nothing is left behind, whatever dies
+(the files have no name); a full disk is a StoreError when a column is made, never a crash when it is filled; small
 columns stay in ordinary memory, so that a usual build needs no space for this.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 
 MIN_BYTES = 8 << 20
 """Of a column: a million keys."""
@@ -45,16 +45,8 @@ class Scratch:
         kept[...] = values
         return kept
 
-    def keep_table(self, table: pa.Table) -> pa.Table:
-        """A copy of a table of numbers and texts without missing values; each column in one piece."""
-        columns: list[pa.Array] = []
-        for name in table.column_names:
-            column = table.column(name).combine_chunks()
-            columns.append(self.keep_array(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column))
-        return pa.Table.from_arrays(columns, schema=table.schema)
-
     def keep_array(self, array: pa.Array) -> pa.Array:
-        """The same for one column of a table."""
+        """A copy of a column of numbers or texts; one with an offset or missing values stays where it is."""
         if array.offset or array.null_count or array.nbytes < self._min_bytes:
             return array
         buffers = [
@@ -107,10 +99,9 @@ class Scratch:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)  # a hole that finds no space later would be a SIGBUS
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise OSError(
-                        error.errno,
-                        f"{num_bytes >> 20} MB of temporary space are needed in {tempfile.gettempdir()}: "
-                        f"{os.strerror(error.errno or 0)}; set TMPDIR to another place",
+                    raise StoreError(
+                        f"{num_bytes >> 20} MiB of temporary space are needed in {tempfile.gettempdir()}: "
+                        f"{os.strerror(error.errno or 0)}; set TMPDIR to another place"
                     ) from error
                 file.truncate(num_bytes)
             mapped = mmap.mmap(file.fileno(), num_bytes)
