@@ -112,6 +112,7 @@ WRONG = {
     "no epoch": ("export {} natural d --epoch -1", "x>=0"),
     "no tar": ("export {} natural d --shard-samples 0", "x>=1"),
     "no such prior": ("evaluate {} p.csv --prior flat", "uniform"),
+    "no prior and another": ("evaluate {} p.csv --prior none --prior em", "--prior none and --prior em contradict"),
     "no such allowance": ("evaluate {} p.csv --allow everything", "missing"),
     "no tau": ("evaluate {} p.csv --tau -1", "x>=0"),
     "no snapshot 0": ("diff {} 0", "x>=1"),

@@ -201,7 +201,7 @@ def test_a_write_that_ends_half_way_leaves_no_checkpoint(tmp_path: Path, monkeyp
 
     def torn(state: object, path: Path) -> None:
         path.write_bytes(b"PK")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("PytorchStreamWriter failed: No space left on device")  # as torch tells it
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", torn)

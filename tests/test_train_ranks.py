@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY_TRAINING
@@ -41,7 +43,7 @@ def options(snapshot: Snapshot, out: Path, **more: Any) -> dict[str, Any]:
 def alone(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Step]]:
     """The same training by one process, without torchrun."""
     out, seen = tmp_path_factory.mktemp("alone") / "out", list[Step]()
-    train(recipe_of(options(snapshot, out)), observe=seen.append)
+    train(recipe_of(options(snapshot, out, predictions=True)), observe=seen.append)
     return out, seen
 
 
@@ -121,7 +123,7 @@ def test_killed_it_goes_on_with_other_ranks_and_every_draw_counts_once(
     assert state is not None
     begun = state["progress"]["num_steps"]
     assert (state["progress"]["stage"], begun) == (1, 28)  # after the first stage; 27 was the last multiple of 9 before
-    code, output = torchrun(options(snapshot, out, resume=True), tmp_path / "second", 3)
+    code, output = torchrun(options(snapshot, out, resume=True, predictions=True), tmp_path / "second", 3)
     assert code == 0, output
     first, second = told(tmp_path / "first", 2), told(tmp_path / "second", 3)
     assert [one["step"] for one in second] == list(range(begun + 1, NUM_STEPS + 1))
@@ -133,6 +135,11 @@ def test_killed_it_goes_on_with_other_ranks_and_every_draw_counts_once(
     assert len(by_three) == 11
     summary = json.loads((out / "summary.json").read_text())
     assert summary["stages"][1]["scores"]["as_it_is"]["num_images"] == 11
+    mine, theirs = (pq.read_table(where / "predictions.parquet") for where in (out, alone[0]))
+    assert mine["key"].equals(theirs["key"])
+    assert mine.num_rows == 11
+    scores = [np.array(table["scores"].to_pylist()) for table in (mine, theirs)]
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.learn.evaluation import Evaluation, Figure
 
 NUM_WORST = 10
+NONE = "none"
 
 
 @command(
@@ -40,8 +41,9 @@ NUM_WORST = 10
 )  # fmt: skip
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option(
-    "--prior", "priors", multiple=True, type=click.Choice(["natural", "uniform", "em"]),
-    help="Correct scores to this prior; several times. em: estimated from the images.  [default: uniform]",
+    "--prior", "priors", multiple=True, type=click.Choice(["natural", "uniform", "em", NONE]),
+    help="Correct scores to this prior; several times. em: estimated from the images; none: only as given, where it is "
+    "not known which prior they carry (focal loss, tau-norm).  [default: uniform]",
 )  # fmt: skip
 @click.option(
     "--scores", type=click.Choice(["auto", "logits", "probabilities"]), default="auto", show_default=True,
@@ -74,6 +76,10 @@ def evaluate(
     scores for each class, or a list column scores. All images of the split must have a row; rows of val choose
     thresholds.
     """
+    if NONE in priors and set(priors) != {NONE}:
+        raise click.UsageError(
+            f"--prior none and --prior {next(name for name in priors if name != NONE)} contradict each other"
+        )
     from pipeline.learn.evaluation import Training
     from pipeline.learn.evaluation import evaluate as measure
     from pipeline.snapshot import open_snapshot
@@ -83,7 +89,7 @@ def evaluate(
         predictions,
         split=split,
         training=Training(manifest=manifest, weights=weights, tau=tau),
-        priors=list(dict.fromkeys(priors)) or ["uniform"],
+        priors=[] if NONE in priors else list(dict.fromkeys(priors)) or ["uniform"],
         scores=scores,
         allow=allow,
     )

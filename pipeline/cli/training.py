@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from pipeline.cli import show
 from pipeline.cli.asking import AT, JSON, QUIET, Stopped, command, loss_names, model_names
 from pipeline.cli.logs import say
+from pipeline.store import redact
 
 
 def train_options(function: Any) -> Any:
@@ -50,6 +52,9 @@ def train_options(function: Any) -> Any:
         click.option("--save-every", type=int, metavar="N", help="Steps between checkpoints (default: 500)."),
         click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of DIR, if it has one."),
         click.option("--tensorboard", is_flag=True, help="Also write DIR/tensorboard; needs that package."),
+        click.option(
+            "--predictions", is_flag=True, help="Also write logits of val and test, for `evenshard evaluate`."
+        ),
     )  # fmt: skip
     for option in reversed(options):
         function = option(function)
@@ -61,7 +66,7 @@ def train_options(function: Any) -> Any:
         "train ROOT --stage natural:20 --stage balanced:5 --out DIR",
         "train ROOT --stage natural:20 --stage balanced:5 --out DIR --resume",
         "train ROOT --stage natural:20 --loss balanced-softmax --out DIR2",
-        "train ROOT --stage natural:20 --stage balanced:5:crt --out DIR3",
+        "train ROOT --stage natural:20 --stage balanced:5:crt --out DIR3 --predictions",
     )
 )
 @click.argument("root")
@@ -86,6 +91,7 @@ def train(root: str, stages: tuple[str, ...], quiet: bool, as_json: bool, **flag
     _need_torch()
     # Read when torch is first imported: OpenMP threads that spin while they wait take the loader's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from pipeline.learn.predicting import PREDICTIONS
     from pipeline.learn.trainer import train as train_all
     from pipeline.report import write_training_page
 
@@ -103,6 +109,15 @@ def train(root: str, stages: tuple[str, ...], quiet: bool, as_json: bool, **flag
         return
     click.echo(show.table(*_table(trained.summary)))
     click.echo(f"\nmodel      {show.safe(recipe.out)}/model.pt\npage       {show.safe(page)}")
+    if recipe.predictions:
+        click.echo(show.safe(_next(root, f"{recipe.out}/{PREDICTIONS}", trained.summary["evaluate"])))
+
+
+def _next(root: str, file: str, options: list[str]) -> str:
+    """Where the predictions are, and the command that measures them."""
+    told = shlex.join(["evenshard", "evaluate", redact(root), file, *options])
+    note = "\nnote       which prior they carry is not known (loss or tau): do not correct them to another"
+    return f"scores     {file}\nnext       {told}{note if '--prior' in options else ''}"
 
 
 def _echo(text: str) -> None:

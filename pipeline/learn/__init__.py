@@ -22,5 +22,6 @@ A training (``trainer.train``) is, in this order:
     models.py       torchvision's models, their heads; objectives.py, the loss of a stage and the prior it leaves
     stepping.py     a step; trainer.py, the steps of all stages; stopping.py, signals
     checkpoints.py  whole or not there; ledger.py, numbers as they come
-    scoring.py      every sample of a split once, on any number of ranks; summing.py, the summary
+    scoring.py      every sample of a split once, on any number of ranks
+    predicting.py   the logits as a file, and how it is evaluated; summing.py, the summary
 """

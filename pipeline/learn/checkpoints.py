@@ -31,27 +31,31 @@ _PART = re.compile(r"\.checkpoint-.*\.part")
 def save(folder: Path, stage: int, step: int, state: dict[str, Any]) -> Path:
     """Write ``state`` as the checkpoint of ``step``, with ``stage`` to go on with; older ones but the last go."""
 
-    def write(path: Path) -> None:
-        torch.save({"format_version": FORMAT_VERSION, **state}, path)
-
     def name(digest: str) -> str:
         return f"checkpoint-{stage:03d}-{step:010d}-{digest[:32]}.pt"
 
-    path = write_whole(folder, write, name)
+    path = write_whole(folder, lambda path: save_tensors({"format_version": FORMAT_VERSION, **state}, path), name)
     for old in [one for one in checkpoints(folder) if one != path][KEPT - 1 :]:
         with suppress(FileNotFoundError):
             old.unlink()
-    for part in folder.iterdir():  # of a process that was killed while it wrote
-        if _PART.fullmatch(part.name):
-            with suppress(FileNotFoundError):
-                part.unlink()
     return path
+
+
+def save_tensors(held: dict[str, Any], path: Path) -> None:
+    """``torch.save``, which wraps a full disk in a RuntimeError: here it is the OSError that it was."""
+    try:
+        torch.save(held, path)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def write_whole(folder: Path, write: Callable[[Path], None], name: Callable[[str], str]) -> Path:
     """A file of ``folder`` that is there whole or not at all; ``name`` is told the SHA-256 of its bytes."""
     draft = folder / f".checkpoint-{os.getpid()}-{os.urandom(4).hex()}.part"
     try:
+        for part in folder.iterdir():  # of a process that was killed while it wrote
+            if _PART.fullmatch(part.name):
+                part.unlink(missing_ok=True)
         try:
             write(draft)
             with draft.open("rb") as file:
@@ -62,7 +66,7 @@ def write_whole(folder: Path, write: Callable[[Path], None], name: Callable[[str
         finally:
             with suppress(FileNotFoundError):
                 draft.unlink()
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+    except OSError as error:
         raise StoreError(
             f"{folder}: nothing could be written there: {error}; free space or name another DIR"
         ) from error

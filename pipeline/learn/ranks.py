@@ -51,6 +51,14 @@ class Ranks:
         dist.all_gather_object(parts, values)
         return np.concatenate(parts)
 
+    def to_first(self, values: Tensor) -> Tensor:
+        """``[ranks * B, ...]`` on the first rank: those of all ranks, ``[B, ...]`` each, in order; elsewhere none."""
+        if self.world_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)] if self.is_first else None
+        dist.gather(values.contiguous(), parts)
+        return values[:0] if parts is None else torch.cat(parts)
+
     def told(self, value: Any) -> Any:
         """What the first rank has: only its disk is asked, as others may be on other nodes."""
         if self.world_size == 1:

@@ -157,6 +157,7 @@ class Recipe:
     save_every: int = 500  # steps
     resume: bool = False
     tensorboard: bool = False
+    predictions: bool = False  # at the end, of val and test
 
     def __post_init__(self) -> None:
         check_loss(self.loss)

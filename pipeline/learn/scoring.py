@@ -1,11 +1,13 @@
 """How good a network is on a split, on any number of ranks: every sample counted once.
 
-Comes in: a network, a split, what to add to its logits. Goes out: labels and predictions of all ranks, and the figures
-that go into a summary. Guarantees: rows that fill the last step count for nothing; figures are those of one rank.
+Comes in: a network, a split, what to add to its logits. Goes out: logits of this rank step by step; labels and
+predictions of all ranks; the figures that go into a summary. Guarantees: rows that fill the last step count for
+nothing; figures are those of one rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +52,14 @@ def evaluation_split(snapshot: Snapshot, wanted: str | None) -> str:
     return wanted or there[0]
 
 
-@torch.inference_mode()
-def score(
-    model: nn.Module, snapshot: Snapshot, split: str, shift: Floats | None, recipe: Recipe, ranks: Ranks
-) -> Scored:
-    """Predict all of ``split``; ``shift``: float64 ``[K]`` that moves the logits to a uniform prior."""
+def logits_on(
+    model: nn.Module, snapshot: Snapshot, split: str, recipe: Recipe, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's steps: float32 logits ``[B, K]`` on its device, int64 labels ``[B]``, bool ``[B]``: the row counts.
+
+    Every rank does equally many. Sorted by step, rank and row, the rows that count come first, in an order that no
+    number of ranks changes.
+    """
     device = ranks.device
     batches = EvaluationLoader(
         snapshot,
@@ -66,12 +71,22 @@ def score(
         workers=recipe.workers,
         pin_memory=device.type == "cuda",
     )
-    added = None if shift is None else torch.from_numpy(shift).to(device, torch.float32)
-    rows: list[Tensor] = []
     model.eval()
+    uses_half = uses_bf16(recipe.precision, device)
     for images, labels, real in batches:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(recipe.precision, device)):
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_half):
             logits = logits_of(model(pixels(images, device))).float()
+        yield logits, labels, real
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module, snapshot: Snapshot, split: str, shift: Floats | None, recipe: Recipe, ranks: Ranks
+) -> Scored:
+    """Predict all of ``split``; ``shift``: float64 ``[K]`` that moves the logits to a uniform prior."""
+    added = None if shift is None else torch.from_numpy(shift).to(ranks.device, torch.float32)
+    rows: list[Tensor] = []
+    for logits, labels, real in logits_on(model, snapshot, split, recipe, ranks):
         moved = logits if added is None else logits + added
         rows.append(torch.stack([labels, logits.argmax(1).cpu(), moved.argmax(1).cpu()], 1)[real])
     found = ranks.concatenated(torch.cat(rows).numpy().astype(np.int64))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.learn.metrics import per_class_recall
+from pipeline.learn.predicting import evaluate_options
 from pipeline.learn.ranks import Ranks
 from pipeline.learn.recipe import Recipe
 from pipeline.learn.scoring import Scored, figures, plain
@@ -125,6 +126,7 @@ def summary_of(
         "ranks": ranks.world_size,
         "device": ranks.device.type,
         "split": split,
+        "evaluate": evaluate_options(snapshot, recipe),
         "stages": [{key: row[key] for key in ("stage", "losses", "num_steps", "scores")} for row in results],
         "by_count": {name: by_count(values, train) for name, values in recall.items()},
         "worst": worst,

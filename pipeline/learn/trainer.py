@@ -1,12 +1,13 @@
 """A training from its recipe: stages one after the other, checkpoints between, scores after each.
 
     recipe --> [resume] --> for each stage: [reset head] --> epochs of steps --> [tau-norm] --> score --> checkpoint
-                                                              |  every N steps, on SIGTERM: checkpoint
+                        |                                     |  every N steps, on SIGTERM: checkpoint
+                        `-> model, summary, [predictions]
 
 Comes in: a ``Recipe``; under torchrun, the ranks of its environment. Goes out: ``OUT`` with checkpoints, ``model.pt``,
-``summary.json`` and ``log.jsonl``, and the summary. Guarantees: any number of ranks trains alike (batch normalisation
-apart: it sees the images of its rank); a training that was stopped or killed goes on from its newest whole checkpoint,
-on any number of ranks, and every draw of its stages counts once.
+``summary.json``, ``log.jsonl`` and, where asked for, ``predictions.parquet``; and the summary. Guarantees: any number
+of ranks trains alike (batch normalisation apart: it sees the images of its rank); a training that was stopped or killed
+goes on from its newest whole checkpoint, on any number of ranks, and every draw of its stages counts once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.errors import AlreadyExistsError, EvenshardError, StateError, Usag
 from pipeline.learn import checkpoints, models, scoring
 from pipeline.learn.ledger import Ledger, need_tensorboard
 from pipeline.learn.objectives import objective
+from pipeline.learn.predicting import PREDICTIONS, splits_of, write_predictions
 from pipeline.learn.priors import step as prior_step
 from pipeline.learn.priors import uniform
 from pipeline.learn.ranks import Ranks, joined
@@ -104,6 +106,8 @@ class _Training:
         self.snapshot = open_snapshot(recipe.root, recipe.at or (state["snapshot"] if state else None))
         self.manifests = [self.snapshot.manifest(stage.manifest) for stage in recipe.stages]
         self.split = scoring.evaluation_split(self.snapshot, recipe.split)
+        if recipe.predictions:
+            splits_of(self.snapshot)
         self.num_classes = self.snapshot.record.num_classes
         self.model = models.make_model(recipe.model, self.num_classes, norm=recipe.norm, seed=recipe.seed)
         self.progress = Progress()
@@ -124,6 +128,9 @@ class _Training:
         summary = summary_of(self.recipe, self.snapshot, self.split, self.ranks, self.progress.results)
         if self.ranks.is_first:
             self._write(summary)
+        if self.recipe.predictions:
+            num = write_predictions(self.model, self.snapshot, self.recipe, self.ranks, self.out)
+            self.echo(f"{PREDICTIONS}: the logits of {num:,} images")
         self.ledger.close()
         self.ranks.wait()  # so that what was written is there for all
         return Trained(summary=summary, rank=self.ranks.rank)
@@ -184,7 +191,7 @@ class _Training:
             "log_prior": last["log_prior"],
             "state_dict": self.model.state_dict(),
         }
-        checkpoints.write_whole(self.out, lambda path: torch.save(holds, path), lambda _: MODEL)
+        checkpoints.write_whole(self.out, lambda path: checkpoints.save_tensors(holds, path), lambda _: MODEL)
         text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
         checkpoints.write_whole(self.out, lambda path: _text(path, text), lambda _: SUMMARY)
 
