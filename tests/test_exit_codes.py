@@ -122,6 +122,7 @@ WRONG = {
     "no such option of a stage": ("train {} --stage natural:1:frezee --out {tmp}/w", "did you mean 'freeze'"),
     "no such model": ("train {} --stage natural:1 --model resnet81 --out {tmp}/w", "did you mean 'resnet18'"),
     "no such loss": ("train {} --stage natural:1 --loss balanced-softmx --out {tmp}/w", "did you mean 'balanced-so"),
+    "no such augmentation": ("train {} --stage natural:1 --augment hard --out {tmp}/w", "harder-repeats"),
     "no batch to train": ("train {} --stage natural:1 --batch-size 0 --out {tmp}/w", "batch_size must be 1 or more"),
     "no rate": ("train {} --stage natural:1 --lr -1 --out {tmp}/w", "lr must be above 0"),
     "no shell": ("completion sh", "bash"),

@@ -35,7 +35,7 @@ def options(snapshot: Snapshot, out: Path, **more: Any) -> dict[str, Any]:
     return {
         "root": snapshot.store.url, "out": str(out), "stages": ["natural:7 -> balanced:5:loss=weighted:lr=0.01"],
         "loss": "balanced-softmax", "model": "small_cnn", "norm": "group", "side": 16, "batch_size": 24, "lr": 0.02,
-        "workers": 1, "save_every": 9, **more,
+        "workers": 1, "save_every": 9, "augment": "harder-repeats", **more,
     }  # fmt: skip
 
 

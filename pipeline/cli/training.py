@@ -36,6 +36,10 @@ def train_options(function: Any) -> Any:
         click.option("--weights", metavar="FILE", help="Start from this state dict; nothing is ever downloaded."),
         click.option("--norm", type=click.Choice(["batch", "group"]), help="group: GroupNorm in place of BatchNorm."),
         click.option("--side", type=int, metavar="N", help="Pixels of the images that the model sees (default: 224)."),
+        click.option(
+            "--augment", type=click.Choice(["crop", "harder-repeats"]),
+            help="harder-repeats: views of an image differ more each time that it is drawn again (default: crop).",
+        ),
         click.option("--batch-size", type=int, metavar="N", help="Of all ranks together (default: 64)."),
         click.option("--lr", type=float, metavar="X", help="Peak learning rate of SGD (default: 0.1)."),
         click.option("--momentum", type=float, metavar="X", help="Of SGD (default: 0.9)."),

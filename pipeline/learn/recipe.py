@@ -29,6 +29,8 @@ LOSSES: Mapping[str, str] = {
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Norm = Literal["batch", "group"]
+Augment = Literal["crop", "harder-repeats"]
+"""A random crop, mirrored or not; or that, and the k-th repeat of an image within its stage changes ever more."""
 
 
 def check_loss(name: str) -> str:
@@ -145,6 +147,7 @@ class Recipe:
     weights: str | None = None  # a local file
     norm: Norm = "batch"
     side: int = 224  # pixels of the images that the model sees
+    augment: Augment = "crop"
     batch_size: int = 64
     lr: float = 0.1  # SGD's, at its peak
     momentum: float = 0.9
@@ -174,11 +177,11 @@ class Recipe:
             raise UsageError(f"momentum must be from 0 to below 1, not {self.momentum}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UsageError(f"weight_decay must be 0 or more, not {self.weight_decay}")
-        for name, kind in (("precision", Precision), ("device", Device), ("norm", Norm)):
+        for name, kind in (("precision", Precision), ("device", Device), ("norm", Norm), ("augment", Augment)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed training must agree on, as JSON. Batch size, ranks, precision and device may change."""
-        names = ("loss", "model", "norm", "side", "lr", "momentum", "weight_decay", "seed")
+        names = ("loss", "model", "norm", "side", "augment", "lr", "momentum", "weight_decay", "seed")
         return {"stages": [str(stage) for stage in self.stages], **{name: getattr(self, name) for name in names}}

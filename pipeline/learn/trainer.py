@@ -35,11 +35,15 @@ from pipeline.learn.stepping import Batch, Stepper, draw_seed, head_seed
 from pipeline.learn.stopping import Stop, stopping
 from pipeline.learn.summing import MODEL, SUMMARY, StageResult, summary_of
 from pipeline.snapshot import Manifest, open_snapshot
+from pipeline.stream.augment import HarderRepeats
 from pipeline.stream.loader import Loader
 from pipeline.stream.transforms import RandomResizedCropFlip
 
 LOOK_EVERY = {"cpu": 1, "cuda": 10}
 """Steps between looks at loss and signals: a GPU must be waited for to tell."""
+
+BEFORE_NAMED = {"augment": "crop"}
+"""What trainings were whose checkpoints do not name it yet."""
 
 Echo = Callable[[str], Any]
 
@@ -152,10 +156,11 @@ class _Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         wanted = self.recipe.fixed() | {"snapshot_id": self.snapshot.id}
+        held = BEFORE_NAMED | state["fixed"]
         wrong = [
-            f"{name} was {state['fixed'].get(name)!r} and is {value!r} now"
+            f"{name} was {held.get(name)!r} and is {value!r} now"
             for name, value in wanted.items()
-            if state["fixed"].get(name) != value
+            if held.get(name) != value
         ]
         if wrong:
             raise StateError(
@@ -233,10 +238,11 @@ class _Training:
 
     def _epochs(self, index: int, manifest: Manifest, stepper: Stepper) -> None:
         recipe, stage, ranks = self.recipe, self.recipe.stages[index], self.ranks
+        crop = RandomResizedCropFlip(recipe.side)
         loader = Loader(
             manifest,
             recipe.batch_size // ranks.world_size,
-            transform=RandomResizedCropFlip(recipe.side),
+            transform=HarderRepeats(crop) if recipe.augment == "harder-repeats" else crop,
             seed=draw_seed(recipe.seed, index),
             rank=ranks.rank,
             world_size=ranks.world_size,

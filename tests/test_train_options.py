@@ -1,0 +1,95 @@
+"""Options of a training beyond stages: repeats that are augmented harder."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_snapshot import write_snapshot
+
+from pipeline.errors import StateError, UsageError
+from pipeline.learn import checkpoints
+from pipeline.learn.recipe import Recipe, parse_stages
+from pipeline.learn.stepping import Batch, Stepper, draw_seed
+from pipeline.learn.trainer import Step, train
+from pipeline.snapshot import Snapshot
+from pipeline.stream.loader import Loader
+from pipeline.stream.transforms import RandomResizedCropFlip
+
+SMALL: dict[str, Any] = {"model": "small_cnn", "norm": "group", "side": 16, "batch_size": 24, "workers": 1, "lr": 0.05}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return write_snapshot(tmp_path_factory.mktemp("options"))
+
+
+def recipe(snapshot: Snapshot, out: Path, stages: str, **more: Any) -> Recipe:
+    return Recipe(root=snapshot.store.url, out=str(out), stages=parse_stages([stages]), **{**SMALL, **more})
+
+
+# -- repeats that are augmented harder
+
+
+def test_only_repeats_look_different_and_each_stage_counts_its_own(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.Tensor] = []
+    step = Stepper.step
+
+    def noted(self: Stepper, batch: Batch, *rest: Any) -> torch.Tensor:
+        shown.append(batch.images.clone())
+        return step(self, batch, *rest)
+
+    monkeypatch.setattr(Stepper, "step", noted)
+    train(recipe(snapshot, tmp_path / "out", "natural:1 -> balanced:1", augment="harder-repeats"))
+    for stage, name in enumerate(("natural", "balanced")):
+        crop = RandomResizedCropFlip(16, quality="exact")  # harder repeats are made of exact crops
+        loader = Loader(snapshot.manifest(name), 24, transform=crop, seed=draw_seed(0, stage), details=True)
+        firsts, repeats = list[bool](), list[bool]()
+        for plain, _, details in loader:
+            seen = shown.pop(0)
+            for one, other, repeat in zip(seen, plain, details.repeats.tolist(), strict=True):
+                (repeats if repeat else firsts).append(torch.equal(one, other))
+        assert firsts
+        assert all(firsts)
+        assert repeats  # of natural draws the few with which its last step begins another epoch
+        assert not any(repeats)
+    assert not shown
+
+
+def interrupted(snapshot: Snapshot, out: Path, **more: Any) -> None:
+    def terminate(step: Step) -> None:
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(snapshot, out, "natural:3", **more), observe=terminate)
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [("crop", "harder-repeats"), ("harder-repeats", "crop")])
+def test_it_is_gone_on_with_as_it_was_begun(begun: str, resumed: str, snapshot: Snapshot, tmp_path: Path) -> None:
+    interrupted(snapshot, tmp_path, augment=begun)
+    with pytest.raises(StateError, match=re.escape(f"augment was '{begun}' and is '{resumed}' now")):
+        train(recipe(snapshot, tmp_path, "natural:3", augment=resumed, resume=True))
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_of_crops(snapshot: Snapshot, tmp_path: Path) -> None:
+    interrupted(snapshot, tmp_path)
+    state = checkpoints.load_newest(tmp_path, print)
+    assert state is not None
+    del state["fixed"]["augment"]
+    checkpoints.save(tmp_path, 0, state["progress"]["num_steps"] + 1, state)
+    with pytest.raises(StateError, match="augment was 'crop'"):
+        train(recipe(snapshot, tmp_path, "natural:3", augment="harder-repeats", resume=True))
+    train(recipe(snapshot, tmp_path, "natural:3", resume=True))
+
+
+def test_an_augmentation_that_is_none_is_refused(snapshot: Snapshot, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="augment must be one of crop, harder-repeats, not 'hard'"):
+        recipe(snapshot, tmp_path, "natural:1", augment="hard")
