@@ -18,7 +18,8 @@ from torch import nn
 
 from pipeline.learn.losses import CrossEntropy
 from pipeline.learn.metrics import balanced_accuracy, per_class_recall
-from pipeline.learn.priors import carried, log_softmax, step, uniform
+from pipeline.learn.priors import carried, step, uniform
+from pipeline.learn.scores import log_softmax
 from pipeline.learn.train import normalise, rate_at, small_cnn
 from pipeline.plan.epoch import EpochFunction
 from pipeline.plan.shots import GROUPS, group_of

@@ -10,17 +10,9 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.errors import UsageError
-from pipeline.learn.priors import (
-    MAX_SHARPNESS,
-    Logits,
-    carried,
-    estimate_prior,
-    log_softmax,
-    normalised,
-    step,
-    temperature,
-    uniform,
-)
+from pipeline.learn.calibration import MAX_SHARPNESS, temperature
+from pipeline.learn.priors import Logits, carried, estimate_prior, normalised, step, uniform
+from pipeline.learn.scores import log_softmax
 from pipeline.plan.manifest import log_q, weights
 
 Floats = NDArray[np.float64]

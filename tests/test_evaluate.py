@@ -24,7 +24,7 @@ from pipeline.cli import cli, run
 from pipeline.errors import EvenshardError, NotFoundError, SourceError, UsageError
 from pipeline.learn.evaluation import Training, evaluate
 from pipeline.learn.metrics import kappa
-from pipeline.learn.predictions import read_predictions
+from pipeline.learn.prediction_files import read_predictions
 from pipeline.snapshot import Snapshot
 
 COUNTS = {
@@ -134,6 +134,29 @@ def test_every_spelling_of_a_file_tells_the_same(snapshot: Snapshot, tmp_path: P
                 assert found[key] == expected[key], name
         first = found["variants"][0]["figures"]["balanced accuracy"]
         assert first == expected["variants"][0]["figures"]["balanced accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+@pytest.mark.parametrize("asked", ["auto", "as they are"])
+def test_a_class_without_images_needs_no_column(tmp_path: Path, kind: str, asked: str) -> None:
+    """It is as if it had one that rules the class out. All logits are below 0, so that a 0 would win."""
+    counts = {"train": (9, 0, 5), "val": (3, 0, 2), "test": (4, 0, 6)}
+    snapshot = write_snapshot(tmp_path / "root", counts)
+    rows = images(snapshot, "test", "val")
+    logits = logits_of(rows)[:, :3] - 9
+    logits[:, 1] = -np.inf
+    shown = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) if kind == "probabilities" else logits
+    columns: Table = {"key": [row["key"] for row in rows], **{f"class {c}": shown[:, c].tolist() for c in range(3)}}
+    scores = kind if asked == "as they are" else asked
+    whole = evaluate(snapshot, write(tmp_path / "whole.parquet", columns), priors=["em"], scores=scores)
+    del columns["class 1"]
+    for name in ("without.parquet", "without.csv"):
+        found = evaluate(snapshot, write(tmp_path / name, columns), priors=["em"], scores=scores)
+        assert found.kind == kind
+        assert {**found.to_json(), "file": ""} == {**whole.to_json(), "file": ""}
+    truth = np.array([row["class_id"] for row in rows if row["split"] == "test"])
+    predicted = logits[[row["split"] == "test" for row in rows]].argmax(1)
+    assert found.variants[0].figures["accuracy"].value == (predicted == truth).mean()
 
 
 @pytest.mark.parametrize("kind", ["names", "ids", "ids as text"])

@@ -12,7 +12,8 @@ from pipeline.cli import show
 from pipeline.cli.asking import AT, JSON, command, manifest_names
 
 if TYPE_CHECKING:
-    from pipeline.learn.evaluation import Evaluation, Figure
+    from pipeline.learn.evaluation import Evaluation
+    from pipeline.learn.variants import Figure
 
 NUM_WORST = 10
 NONE = "none"

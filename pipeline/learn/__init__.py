@@ -9,8 +9,11 @@ Inside, in this order:
     metrics.py      labels and predictions -> accuracy, recall by class and group, kappa
     ranking.py      scores -> AUROC, sensitivity at a specificity, calibration error
     intervals.py    bootstrap
-    priors.py       which prior logits carry, Bayes' rule to another, EM, temperature
-    predictions.py  a file of predictions -> the images of a split
+    scores.py       scores too many to copy, a block at a time -> what each image is taken for
+    priors.py       which prior logits carry, Bayes' rule to another, EM; calibration.py, temperature
+    prediction_files.py  CSV or Parquet -> keys, labels or scores
+    predictions.py  the rows of a file -> the images of a split
+    variants.py     predictions as given and corrected -> figures
     evaluation.py   all of it -> what `evenshard evaluate` tells
     losses.py       what is minimised, fed by a manifest
     gather.py       predictions of all ranks together

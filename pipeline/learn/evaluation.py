@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import EvenshardError, UsageError
-from pipeline.learn.intervals import Interval, over_classes, over_images
-from pipeline.learn.metrics import accuracy, accuracy_at, balanced_accuracy, kappa, per_class_recall
-from pipeline.learn.predictions import NO_CLASS, Met, Predictions, meet, read_predictions
-from pipeline.learn.priors import Logits, carried, estimate_prior, log_softmax, temperature, uniform
-from pipeline.learn.ranking import SPECIFICITIES, at_threshold, auroc, calibration_error, threshold
+from pipeline.learn.calibration import fit_temperature
+from pipeline.learn.prediction_files import Predictions, read_predictions
+from pipeline.learn.predictions import Met, meet
+from pipeline.learn.priors import carried, fit_prior, normalised, step, uniform
+from pipeline.learn.ranking import SPECIFICITIES
+from pipeline.learn.scores import Scores
+from pipeline.learn.variants import Counts, Labelled, Variant, of_labels, of_scores
 from pipeline.plan.shots import GROUPS, group_of
 from pipeline.snapshot import Manifest, Snapshot
 
@@ -37,28 +39,6 @@ OF_PREVALENCE = frozenset({"accuracy", "accuracy at train's shares", "kappa", "c
 
 SCORES = ("auto", "logits", "probabilities")
 _SUM_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value, its 95 % interval (NaN: none) and over how many classes or images it speaks."""
-
-    value: float
-    interval: Interval
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Variant:
-    """The predictions as given, or corrected to a prior."""
-
-    name: str
-    figures: Mapping[str, Figure]
-    recall: Floats  # [K], NaN: not measured
-    auroc: Floats | None  # [K]
-    confused: Ints  # [K]: what images of the class are most often taken for, NO_CLASS where they are not
-    num_never: int  # measured classes of which no image was recognised
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,14 +157,16 @@ def evaluate(
     train = snapshot.classes["train"].to_numpy().astype(np.int64)
     natural = np.exp(snapshot.manifest("natural").log_prior) if "natural" in snapshot.manifests else train / train.sum()
     support = np.bincount(met.labels, minlength=len(names)).astype(np.int64)
-    if given.scores is None:
-        kind, found, sharpness = "labels", [_of_labels(given, met, train, natural)], None
+    counts = Counts(train, natural)
+    if given.labels is not None:
+        kind, sharpness = "labels", None
+        found = [of_labels(AS_GIVEN, met.labels, given.labels[met.rows], counts)]
     else:
-        kind = _kind(given.scores, np.concatenate([met.rows, val.rows]) if val else met.rows, scores)
-        logits = _logits(given.scores, kind)
-        sharpness = temperature(logits[val.rows], val.labels) if val else None
-        found = _of_scores(logits, met, val, prior, list(priors), _Sources(train, natural))
-        notes += _of_val(val)
+        kind = _kind(given, np.concatenate([met.rows, val.rows]) if val else met.rows, scores)
+        made, held = _labelled(given, met, kind), _labelled(given, val, kind) if val else None
+        sharpness = fit_temperature(held.scores, held.labels) if held else None
+        found = [of_scores(AS_GIVEN, made, held, counts), *_corrected(made, held, prior, priors, counts)]
+        notes += _of_val(val, sharpness)
     return Evaluation(
         snapshot=snapshot.number,
         split=split,
@@ -203,29 +185,14 @@ def evaluate(
     )
 
 
-def _of_val(val: Met | None) -> list[str]:
-    """What the thresholds cannot be trusted with."""
-    if val is None:
-        return ["no thresholds and no temperature: they are chosen on val, and the file has no row of val"]
-    beyond = [f"{s:g}" for s in SPECIFICITIES if len(val.rows) * (1 - s) < 1]
-    if not beyond:
-        return []
-    return [
-        f"val has {len(val.rows):,} images with scores, too few to choose a threshold of specificity "
-        f"{', '.join(beyond)}: there it is the highest score of the other images"
-    ]
-
-
-@dataclass(frozen=True, eq=False)
-class _Sources:
-    train: Ints
-    natural: Floats
-
-
-def _kind(scores: Floats, rows: Ints, asked: str) -> str:
-    seen = scores[rows]
-    within = bool((seen >= 0).all() and (seen <= 1 + _SUM_TOLERANCE).all())
-    even = bool((np.abs(seen.sum(axis=1) - 1) <= _SUM_TOLERANCE).all()) if within else False
+def _kind(given: Predictions, rows: Ints, asked: str) -> str:
+    """Of the columns that the file has."""
+    seen = Scores(values=given.values, rows=rows)
+    within = even = True
+    for _, block in seen.by_rows():
+        block[:, given.lacking] = 0.0
+        within &= bool((block >= 0).all() and (block <= 1 + _SUM_TOLERANCE).all())
+        even &= bool((np.abs(block.sum(axis=1) - 1) <= _SUM_TOLERANCE).all())
     if asked == "probabilities" and not within:
         raise EvenshardError("these scores are no probabilities: some lie outside of [0, 1]; say --scores logits")
     if asked != "auto":
@@ -238,33 +205,33 @@ def _kind(scores: Floats, rows: Ints, asked: str) -> str:
     return "probabilities" if within else "logits"
 
 
-def _logits(scores: Floats, kind: str) -> Floats:
-    """Columns that the file lacks stay -inf; log 0 is -inf, too."""
-    if kind == "logits":
-        return scores
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(scores)
+def _labelled(given: Predictions, met: Met, kind: str) -> Labelled:
+    scores = Scores(values=given.values, rows=met.rows, probabilities=kind == "probabilities")
+    return Labelled(scores, met.labels)
 
 
-# -- variants ---------------------------------------------------------------------------------------------------------
+def _of_val(val: Met | None, sharpness: float | None) -> list[str]:
+    """What the thresholds cannot be trusted with."""
+    if val is None:
+        return ["no thresholds and no temperature: they are chosen on val, and the file has no row of val"]
+    notes = ["no temperature: no image of val has a score for its class"] if sharpness is None else []
+    beyond = [f"{s:g}" for s in SPECIFICITIES if len(val.rows) * (1 - s) < 1 - 1e-9]
+    if beyond:
+        notes.append(
+            f"val has {len(val.rows):,} images with scores, too few to choose a threshold of specificity "
+            f"{', '.join(beyond)}: there it is the highest score of the other images"
+        )
+    return notes
 
 
-def _of_labels(given: Predictions, met: Met, train: Ints, natural: Floats) -> Variant:
-    assert given.labels is not None
-    predicted = given.labels[met.rows]
-    return _variant(AS_GIVEN, met, predicted, _Sources(train, natural), {}, None)
-
-
-def _of_scores(
-    logits: Floats, met: Met, val: Met | None, prior: Floats, priors: list[str], sources: _Sources
-) -> list[Variant]:
-    made = Logits(logits[met.rows], prior)
-    held = Logits(logits[val.rows], prior) if val else None
-    variants = [_scored(AS_GIVEN, made, held, (met, val), sources)]
+def _corrected(
+    made: Labelled, held: Labelled | None, prior: Floats, priors: Sequence[str], counts: Counts
+) -> Iterator[Variant]:
+    """A variant for each prior, from scores that carry ``prior``."""
     for name in priors:
         notes: tuple[str, ...] = ()
         if name == "em":
-            found = estimate_prior(made, max_steps=200, tolerance=1e-5)
+            found = fit_prior(made.scores, prior, max_steps=200, tolerance=1e-5)
             target = found.log_prior
             state = (
                 "converged"
@@ -274,96 +241,6 @@ def _of_scores(
             notes = (f"em: {state} after {found.num_steps} steps",)
         else:
             with np.errstate(divide="ignore"):
-                target = uniform(prior) if name == "uniform" else np.log(sources.natural)
-        wanted = made.corrected(target, source=prior), held.corrected(target, source=prior) if held else None
-        variants.append(_scored(name, *wanted, (met, val), sources, notes))
-    return variants
-
-
-def _scored(
-    name: str,
-    made: Logits,
-    held: Logits | None,
-    where: tuple[Met, Met | None],
-    sources: _Sources,
-    notes: tuple[str, ...] = (),
-) -> Variant:
-    met, val = where
-    told = log_softmax(made.values)
-    lost = np.isnan(told).any(axis=1)  # nothing that this prior allows has a score
-    told[lost] = -np.inf
-    predicted = np.where(lost, NO_CLASS, told.argmax(axis=1))
-    num_classes = told.shape[1]
-    support = np.bincount(met.labels, minlength=num_classes)
-    ranks = np.full(num_classes, np.nan)
-    sensitive = np.full((len(SPECIFICITIES), num_classes), np.nan)
-    kept = np.full((len(SPECIFICITIES), num_classes), np.nan)
-    held_told = np.nan_to_num(log_softmax(held.values), nan=-np.inf, neginf=-np.inf) if held else None
-    for c in np.flatnonzero(support).tolist():
-        column, positive = told[:, c], met.labels == c
-        ranks[c] = auroc(column, positive)
-        if held_told is not None and val is not None:
-            for row, specificity in enumerate(SPECIFICITIES):
-                limit = threshold(held_told[:, c], val.labels == c, specificity)
-                sensitive[row, c], kept[row, c] = at_threshold(column, positive, limit)
-    extra = {"macro AUROC": _over_classes(ranks)}
-    if held_told is not None:
-        for row, specificity in enumerate(SPECIFICITIES):
-            extra[f"sensitivity at specificity {specificity:g}"] = _over_classes(sensitive[row])
-            extra[f"specificity found, of {specificity:g}"] = _over_classes(kept[row])
-    confidence = np.exp(told.max(axis=1))
-    error = calibration_error(confidence, predicted == met.labels)
-    extra["calibration error"] = Figure(error, (math.nan, math.nan), len(met.rows))
-    return _variant(name, met, predicted, sources, extra, ranks, notes)
-
-
-def _variant(
-    name: str,
-    met: Met,
-    predicted: Ints,
-    sources: _Sources,
-    extra: Mapping[str, Figure],
-    ranks: Floats | None,
-    notes: tuple[str, ...] = (),
-) -> Variant:
-    recall = per_class_recall(met.labels, predicted, len(sources.train))
-    figures = {
-        "accuracy": _over_images(met.labels, predicted, accuracy),
-        "accuracy at train's shares": Figure(
-            accuracy_at(recall, sources.natural), (math.nan, math.nan), int((~np.isnan(recall)).sum())
-        ),
-        "kappa": _over_images(met.labels, predicted, kappa),
-        "balanced accuracy": _over_classes(recall),
-    }
-    group = group_of(sources.train)
-    for place, title in enumerate(GROUPS):
-        figures[f"recall, {title}"] = _over_classes(np.where(group == place, recall, np.nan))
-    measured = ~np.isnan(recall)
-    return Variant(
-        name=name,
-        figures={**figures, **extra},
-        recall=recall,
-        auroc=ranks,
-        confused=_confused(met.labels, predicted, len(recall)),
-        num_never=int((recall[measured] == 0).sum()),
-        notes=notes,
-    )
-
-
-def _over_images(labels: Ints, predicted: Ints, statistic: Any) -> Figure:
-    return Figure(statistic(labels, predicted), over_images(labels, predicted, statistic), len(labels))
-
-
-def _over_classes(values: Floats) -> Figure:
-    return Figure(balanced_accuracy(values), over_classes(values), int((~np.isnan(values)).sum()))
-
-
-def _confused(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
-    """int64 ``[K]``: the class that wrong images of each class are most often taken for; the first of equal ones."""
-    result = np.full(num_classes, NO_CLASS, dtype=np.int64)
-    wrong = (labels != predicted) & (predicted != NO_CLASS)
-    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
-    for place in np.argsort(-counts, kind="stable").tolist():
-        if result[pairs[0, place]] == NO_CLASS:
-            result[pairs[0, place]] = pairs[1, place]
-    return result
+                target = uniform(prior) if name == "uniform" else normalised(np.log(counts.natural))
+        shift = step(prior, target)
+        yield of_scores(name, made.moved(shift), held.moved(shift) if held else None, counts, notes)

@@ -1,8 +1,8 @@
 """Which prior a model's logits carry, and Bayes' rule to make it another one.
 
 In: logits ``[N, K]`` and the log prior they carry, from a manifest. Out: logits for another prior, the prior of
-unlabelled images, a temperature. Guarantees: numpy only, float64; a correction starts from the prior that the logits
-have, or is refused; a class that the model never met stays impossible, it is never smoothed.
+unlabelled images. Guarantees: numpy only, float64; a correction starts from the prior that the logits have, or is
+refused; a class that the model never met stays impossible, it is never smoothed.
 
 One identity is used throughout (``plan.manifest``; Menon et al., ICLR 2021, for the offset): a network trained on draws
 ``q`` with loss weights ``w`` and an offset ``a`` added to its logits in the loss carries ``log q + log w - a``. The
@@ -12,16 +12,16 @@ form that circulates (it scales the odds of each class by itself) is another rul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import UsageError
+from pipeline.learn.scores import Scores, log_softmax, logsumexp
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.integer[Any]]
 
 _SAME = 1e-6
 """Two log priors that differ by less are one: manifests are integers, so that real differences are larger."""
@@ -34,7 +34,7 @@ def normalised(log_prior: ArrayLike) -> Floats:
         raise UsageError(f"a log prior is one number or -inf for each class, not {_shown(values)}")
     if not np.isfinite(values).any():
         raise UsageError(f"a log prior needs a class that can occur; all {len(values)} are -inf")
-    return values - _logsumexp(values[None])[0]
+    return values - logsumexp(values[None])[0]
 
 
 def uniform(log_prior: Floats) -> Floats:
@@ -120,7 +120,15 @@ class Logits:
             )
 
 
+def _shown(values: NDArray[Any]) -> str:
+    return f"shape {list(values.shape)}" if values.ndim != 1 or not len(values) else f"{values[:5].tolist()}..."
+
+
 # -- an unknown prior -------------------------------------------------------------------------------------------------
+
+EXACT = 1 << 23
+"""Likelihoods of an estimate, images x classes, up to which they are held as float64. More are held as float32, each
+rounded by 6e-8 of itself, in half of the memory; sums are float64."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,91 +151,57 @@ def estimate_prior(logits: Logits, *, tolerance: float = 1e-6, max_steps: int = 
     predict under the current estimate, take the mean prediction as the next one. It ascends the likelihood, and is as
     good as the logits are calibrated: set their temperature first. Rare classes often end near 0.
     """
-    if not len(logits.values):
-        raise UsageError("a prior is estimated from images; there is none")
+    return fit_prior(Scores(values=logits.values), logits.log_prior, tolerance=tolerance, max_steps=max_steps)
+
+
+def fit_prior(scores: Scores, log_prior: Floats, *, tolerance: float = 1e-6, max_steps: int = 1000) -> Estimate:
+    """As ``estimate_prior``, of scores that carry ``log_prior``. Images of which no class has a score tell nothing."""
     if not tolerance > 0 or max_steps < 1:
         raise UsageError(f"tolerance must be above 0 and max_steps at least 1, not {tolerance} and {max_steps}")
-    start = logits.log_prior
-    evidence = logits.values + step(start, uniform(start))  # log p(x|c), up to a constant per image
+    start = normalised(log_prior)
+    likelihood, log_scale = _likelihoods(scores, step(start, uniform(start)))
+    if not len(likelihood):
+        raise UsageError("a prior is estimated from images with scores; there is none")
     share, told, change = np.exp(start), list[float](), np.inf
     while len(told) < max_steps and change >= tolerance:
-        posterior, likelihood = _expected(evidence, share)
-        told.append(likelihood)
-        after = posterior.mean(axis=0)
+        after, mean_log = _expected(likelihood, share)
+        told.append(mean_log + log_scale)
         change, share = float(np.abs(after - share).max()), after
     num_steps = len(told)
-    told.append(_expected(evidence, share)[1])
+    told.append(_expected(likelihood, share)[1] + log_scale)
+    with np.errstate(divide="ignore"):
+        found = normalised(np.log(share))
     return Estimate(
-        log_prior=normalised(_log(share)),
-        converged=change < tolerance,
-        num_steps=num_steps,
-        change=change,
-        log_likelihood=tuple(told),
+        log_prior=found, converged=change < tolerance, num_steps=num_steps, change=change, log_likelihood=tuple(told)
     )
 
 
-def _expected(evidence: Floats, share: Floats) -> tuple[Floats, float]:
-    joint = evidence + _log(share)
-    total = _logsumexp(joint)
-    return np.exp(joint - total[:, None]), float(total.mean())
+def _likelihoods(scores: Scores, shift: Floats) -> tuple[NDArray[np.floating[Any]], float]:
+    """p(x|c) ``[N, K]``, each row in units of its largest; the mean of the logarithms of those."""
+    moved = replace(scores, shift=shift if scores.shift is None else scores.shift + shift)
+    kind = np.float64 if len(scores) * scores.num_classes <= EXACT else np.float32
+    made = np.empty((len(scores), scores.num_classes), kind)
+    num, total = 0, 0.0
+    for _, logits in moved.by_rows():
+        top = logits.max(axis=1)
+        there = np.isfinite(top)
+        rows = np.exp(logits[there] - top[there, None])
+        made[num : num + len(rows)] = rows
+        num, total = num + len(rows), total + float(top[there].sum())
+    return made[:num], total / max(num, 1)
 
 
-# -- temperature ------------------------------------------------------------------------------------------------------
-
-MAX_SHARPNESS = 1e4
-
-
-def temperature(values: NDArray[np.floating[Any]], labels: Ints) -> float:
-    """The T > 0 for which softmax(values / T) has the least negative log-likelihood on validation images.
-
-    Guo et al., ICML 2017. ``values``: logits [N, K], ``labels``: int [N]. The log-likelihood is concave in 1/T, so its
-    slope is bisected. Where the best is at an end (all are right: sharper is always better; or worse than chance), the
-    end is returned: 1/T within [1/MAX_SHARPNESS, MAX_SHARPNESS]. Images whose own class is impossible say nothing of T
-    and are left out.
-    """
-    if len(values) != len(labels) or values.ndim != 2:
-        raise UsageError(f"expected logits [N, K] and N labels, found {list(values.shape)} and {list(labels.shape)}")
-    own = values[np.arange(len(values)), labels]
-    kept = np.isfinite(own)
-    if not kept.any():
-        raise UsageError("a temperature needs validation images of classes that the logits allow; there is none")
-    z = values[kept].astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    own = z[np.arange(len(z)), labels[kept]]
-    finite = np.where(np.isfinite(z), z, 0.0)
-
-    def slope(sharpness: float) -> float:  # of the mean log-likelihood
-        return float((own - (np.exp(log_softmax(z * sharpness)) * finite).sum(axis=1)).mean())
-
-    low, high = -np.log(MAX_SHARPNESS), np.log(MAX_SHARPNESS)
-    if slope(np.exp(high)) >= 0:
-        return float(np.exp(-high))
-    if slope(np.exp(low)) <= 0:
-        return float(np.exp(-low))
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) > 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
+def _expected(likelihood: NDArray[np.floating[Any]], share: Floats) -> tuple[Floats, float]:
+    """The mean prediction under ``share``, and the mean logarithm of what an image is worth under it."""
+    total, log_total = np.zeros(len(share)), 0.0
+    block = max(1, EM_BLOCK // len(share))
+    for first in range(0, len(likelihood), block):
+        part = likelihood[first : first + block].astype(np.float64)
+        worth = part @ share
+        total += (1 / worth) @ part
+        log_total += float(np.log(worth).sum())
+    return share * total / len(likelihood), log_total / len(likelihood)
 
 
-def log_softmax(values: NDArray[np.floating[Any]]) -> Floats:
-    """float64 ``[N, K]``: log probabilities of logits; a row of nothing but ``-inf`` becomes NaN."""
-    wide = values.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return wide - _logsumexp(wide)[:, None]
-
-
-def _logsumexp(values: Floats) -> Floats:
-    top = values.max(axis=1)
-    shift = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(values - shift[:, None]).sum(axis=1)) + shift
-
-
-def _log(share: Floats) -> Floats:
-    with np.errstate(divide="ignore"):
-        return np.log(share)
-
-
-def _shown(values: NDArray[Any]) -> str:
-    return f"shape {list(values.shape)}" if values.ndim != 1 or not len(values) else f"{values[:5].tolist()}..."
+EM_BLOCK = 1 << 18
+"""Numbers that are widened at a time: 2 MiB, which stay near the core for both products."""

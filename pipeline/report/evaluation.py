@@ -9,7 +9,8 @@ import math
 from functools import cache
 from typing import Any
 
-from pipeline.learn.evaluation import OF_PREVALENCE, Evaluation, Figure
+from pipeline.learn.evaluation import OF_PREVALENCE, Evaluation
+from pipeline.learn.variants import Figure
 from pipeline.plan.shots import GROUPS, RANGES
 from pipeline.report import words
 from pipeline.report.html import asset, content_policy, environment, write_file
