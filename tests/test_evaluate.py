@@ -279,8 +279,25 @@ def test_all_that_is_wrong_is_told_at_once(snapshot: Snapshot, tmp_path: Path) -
 
 def test_a_file_of_other_images_is_refused_whatever_is_allowed(snapshot: Snapshot, tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", {"path": ["/data/a.jpg"], "label": ["class 1"]})
-    with pytest.raises(EvenshardError, match=r"named as in '\w+/\d/\d+.png'"):
+    with pytest.raises(EvenshardError, match=r"named as in '\w+/\d/\d+.png'") as caught:
         evaluate(snapshot, path, allow=["missing", "unknown"])
+    assert "should be" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["/data/src/", "./", "C:\\src\\", "s3://bucket/"])
+def test_a_path_from_elsewhere_is_told_what_it_should_be(snapshot: Snapshot, tmp_path: Path, before: str) -> None:
+    rows = images(snapshot, "test")
+    paths = [before + (row["path"].replace("/", "\\") if "\\" in before else row["path"]) for row in rows]
+    path = write(tmp_path / "p.csv", {"path": paths, "label": ["class 1"] * len(rows)})
+    with pytest.raises(EvenshardError) as caught:
+        evaluate(snapshot, path)
+    assert f"so {paths[0]!r} should be {rows[0]['path']!r}" in str(caught.value)
+
+
+def test_a_file_of_another_split_is_told_of_which(snapshot: Snapshot, tmp_path: Path) -> None:
+    path, rows, _ = scored(tmp_path / "p.csv", snapshot, "val")
+    with pytest.raises(EvenshardError, match=rf"32 of 32 images have no row.*; {len(rows)} rows are of split val"):
+        evaluate(snapshot, path)
 
 
 def test_a_label_that_is_no_class_is_wrong_and_told(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.errors import SourceError
 from pipeline.learn import prediction_files, priors, scores
 from pipeline.learn.calibration import fit_temperature, temperature
 from pipeline.learn.metrics import balanced_accuracy
@@ -66,6 +68,8 @@ def test_an_image_that_no_class_has_a_score_for_is_taken_for_nothing() -> None:
     assert decided.predicted.tolist() == [NO_CLASS, 1]
     assert decided.confidence.tolist() == [0, 1]
     both = log_probabilities(Scores(values=values), decided, slice(0, 2))
+    lacking = Scores(values=np.array([[0.5, -np.inf]]), probabilities=True)
+    assert decide(lacking).log_total.tolist() == [np.log(0.5)]
     assert both.tolist() == [[-np.inf, -np.inf], [-np.inf, 0]]
 
 
@@ -117,6 +121,24 @@ def test_temperature_of_shifted_scores_is_the_best_there_is() -> None:
     fits = [log_softmax(values[kept] / t + shift)[np.arange(kept.sum()), labels[kept]].mean() for t in grid]
     assert fit_temperature(some, labels) == pytest.approx(grid[int(np.argmax(fits))], rel=2e-3)
     assert fit_temperature(Scores(values=np.full((2, 2), -np.inf)), np.array([0, 1])) is None
+
+
+def test_images_of_a_class_that_the_shift_rules_out_say_nothing_of_a_temperature() -> None:
+    rng = np.random.default_rng(0)
+    values, labels = rng.normal(0, 2, (300, 4)), rng.integers(0, 4, 300)
+    values[np.arange(300), labels] += 1
+    shift = np.array([0.0, -1.0, 0.5, -np.inf])
+    kept = labels < 3
+    expected = fit_temperature(Scores(values=values[kept, :3], shift=shift[:3]), labels[kept])
+    assert fit_temperature(Scores(values=values, shift=shift), labels) == pytest.approx(expected)
+    assert fit_temperature(Scores(values=values[~kept], shift=shift), labels[~kept]) is None
+
+
+def test_em_of_shifted_scores_is_that_of_their_sum() -> None:
+    values, _ = drawn(2, 60, 5)
+    old, shift = np.log(np.arange(1, 6) / 15), np.linspace(-2, 2, 5)
+    found = fit_prior(Scores(values=values, shift=shift), old).log_prior
+    np.testing.assert_allclose(found, estimate_prior(Logits(values + shift, old)).log_prior, rtol=1e-9)
 
 
 def test_memory_is_that_of_the_scores_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,3 +241,68 @@ def test_what_a_file_lacks_is_impossible(tmp_path: Path) -> None:
     found = read_predictions(path, NAMES, np.array([True, False, True]))
     assert found.values.tolist() == [[0.25, -np.inf, 0.5], [2.0, -np.inf, 1.0]]
     assert found.lacking.tolist() == [1]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_csv_of_another_world_is_read(tmp_path: Path, ending: str, packed: bool, mark: str) -> None:
+    """A spreadsheet's: a byte order mark, Windows line ends, quotes; gzipped; keys in upper case; an empty cell."""
+    names = ["a,b", 'say "x"', "größe 漢", " c "]
+    lines = ['key,"a,b","say ""x""",größe 漢, c ', "00000000000000AB,1,2.5,-3e2,4", '"00000000000000ac",1,,inf,-inf']
+    data = (mark + ending.join(lines) + ending).encode()
+    path = tmp_path / "p.csv"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    found = read_predictions(path, names, np.ones(4, bool))
+    assert found.keys.tolist() == [0xAB, 0xAC]
+    np.testing.assert_array_equal(found.values, [[1, 2.5, -300, 4], [1, np.nan, np.inf, -np.inf]])
+    labels = f"{mark}key,label{ending}00000000000000ab,größe 漢{ending}".encode()
+    path.write_bytes(gzip.compress(labels) if packed else labels)
+    told = read_predictions(path, names, np.ones(4, bool)).labels
+    assert told is not None
+    assert told.tolist() == [2]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int16()])
+@pytest.mark.parametrize("made", ["list", "large_list", "fixed", "chunked"])
+def test_lists_of_every_kind_are_read(tmp_path: Path, kind: pa.DataType, made: str) -> None:
+    values = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    lists = {"list": pa.list_(kind), "large_list": pa.large_list(kind), "fixed": pa.list_(kind, 3)}
+    column = pa.array(np.array(values).astype(kind.to_pandas_dtype()).tolist()).cast(lists.get(made, pa.list_(kind)))
+    parts = [column.slice(0, 1), column.slice(1)] if made == "chunked" else [column]
+    path = write(tmp_path / "p.parquet", {"key": keys(3), "scores": pa.chunked_array(parts)})
+    found = read_predictions(path, NAMES, EVERY)
+    assert found.values.tolist() == values
+    assert found.values.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "expected a column key or path, found none"),
+        (b"key;label\n00;a\n", "divided by commas, not by ';'"),
+        (b"key\tlabel\n00\ta\n", r"divided by commas, not by '\\t'"),
+        (b"key,label\n", "holds no row"),
+        (b"key,a,a.b,c\n", "holds no row"),
+        (b"\xef\xbb\xbfkey,label\r\n", "holds no row"),
+        (b"key,a,a.b,c\n0000000000000001,1,2\n", "Expected 4 columns, got 3"),
+        (b"key,a,a.b,c\n0000000000000001,1,2,x\n", "invalid value 'x'"),
+        (b"key,a,a.b,c\n1.23457E+15,1,2,3\n", "16 hex digits"),
+        (b",key,label\n0,0000000000000001,a\n", "1 columns are neither|2 columns are neither"),
+        (b"\x1f\x8bno", "neither CSV in UTF-8 nor Parquet"),
+        (gzip.compress(b"key,a,a.b,c\n0000000000000001,1,2,3\n")[:-9], "neither CSV in UTF-8 nor Parquet"),
+        ("key,label\n0000000000000001,a\n".encode("utf-16"), "neither CSV in UTF-8 nor Parquet"),
+    ],
+)
+def test_a_csv_that_is_none_is_told_in_words(tmp_path: Path, data: bytes, told: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=told):
+        read_predictions(path, NAMES, EVERY)
+
+
+def test_a_header_longer_than_a_block_is_read(tmp_path: Path) -> None:
+    names = [f"{number:06d}" + "x" * 490 for number in range(9000)]
+    path = tmp_path / "p.csv"
+    path.write_text(f"key,{','.join(names)}\n{keys(1)[0]},{','.join(['0.125'] * 9000)}\n")
+    assert read_predictions(path, names, np.ones(9000, bool)).values.tolist() == [[0.125] * 9000]

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import EvenshardError
+from pipeline.keyed import text_key
 from pipeline.learn.prediction_files import NUM_EXAMPLES, Numbers, Predictions, listed
 from pipeline.learn.scores import BLOCK
 from pipeline.schema import SPLITS
@@ -89,7 +90,10 @@ def meet(
         told = "; ".join(refused or [text for text in wrong.values() if text])
         names = sorted(kind for kind, text in wrong.items() if text and kind not in allow)
         advice = " ".join(f"--allow {name}" for name in names)
-        hint = f"; its images are named as in {images.example!r}" if wrong["unknown"] and given.by == "path" else ""
+        hint = _path_hint(images, given, np.flatnonzero(~known)) if given.by == "path" else ""
+        if not len(met):
+            elsewhere = Counter(SPLITS[number] for number in images.split[place[known]].tolist())
+            hint += "".join(f"; {count:,} rows are of split {name}" for name, count in sorted(elsewhere.items()))
         raise EvenshardError(
             f"{given.file!r} does not fit split {split} of snapshot {snapshot.number}: {told or 'it names no image'}"
             + hint
@@ -108,6 +112,18 @@ def meet(
         rows, _, _ = _rows(images, place, known & (images.split[place] == SPLITS.index("val")), usable)
         val = _met(images, "val", place, rows) if len(rows) else None
     return _met(images, split, place, met), val, notes
+
+
+def _path_hint(images: Images, given: Predictions, unknown: Ints) -> str:
+    """How images are named, and what the first unknown one would have to be called."""
+    if not len(unknown):
+        return ""
+    found = given.names[int(unknown[0])].as_py()
+    parts = found.replace("\\", "/").split("/")
+    endings = ["/".join(parts[first:]) for first in range(len(parts))]
+    near = [ending for ending in endings if text_key(ending) in images.keys]
+    advice = f", so {found!r} should be {near[0]!r}" if near else ""
+    return f"; its images are named as in {images.example!r}{advice}"
 
 
 def _met(images: Images, split: str, place: NDArray[np.intp], rows: Ints) -> Met:
