@@ -239,8 +239,24 @@ def test_an_image_that_only_an_impossible_class_claims_is_wrong(snapshot: Snapsh
 
 def test_em_says_whether_it_converged(snapshot: Snapshot, tmp_path: Path) -> None:
     path, _, _ = scored(tmp_path / "p.csv", snapshot, "test")
-    note = evaluate(snapshot, path, priors=["em"]).variants[1].notes[0]
-    assert re.match(r"em: (converged|NOT converged.*) after \d+ steps", note)
+    notes = evaluate(snapshot, path, priors=["em"]).variants[1].notes
+    assert re.match(r"em: (converged|NOT converged.*) after \d+ steps", notes[0])
+    assert "em: not checked, as the file has no row of val" in notes[1]
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_em_is_tried_on_val_whose_shares_are_known(snapshot: Snapshot, tmp_path: Path, is_good: bool) -> None:
+    rows = images(snapshot, "test", "val")
+    truth = np.array([row["class_id"] for row in rows])
+    logits = 9.0 * np.eye(K)[truth if is_good else (truth + 1) % 6]
+    path = write(tmp_path / "p.parquet", {"key": [row["key"] for row in rows], "scores": logits.tolist()})
+    note = evaluate(snapshot, path, priors=["em"]).variants[1].notes[1]
+    found = re.match(r"em: tried on val.* is off by ([\d.]+)% of the images, the shares of train by ([\d.]+)%;", note)
+    assert found is not None
+    val = np.array(COUNTS["val"]) / 25
+    natural = np.abs(np.array(COUNTS["train"]) / 254 - val).sum() / 2
+    assert float(found[2]) == pytest.approx(100 * natural, abs=0.06)
+    assert (float(found[1]) < 1.5) is is_good
 
 
 # -- what is wrong with a file ----------------------------------------------------------------------------------------

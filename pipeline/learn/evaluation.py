@@ -20,7 +20,7 @@ from pipeline.errors import EvenshardError, UsageError
 from pipeline.learn.calibration import fit_temperature
 from pipeline.learn.prediction_files import Predictions, read_predictions
 from pipeline.learn.predictions import Met, meet
-from pipeline.learn.priors import carried, fit_prior, normalised, step, uniform
+from pipeline.learn.priors import Estimate, carried, fit_prior, normalised, step, uniform
 from pipeline.learn.ranking import SPECIFICITIES
 from pipeline.learn.scores import Scores
 from pipeline.learn.variants import Counts, Labelled, Variant, of_labels, of_scores
@@ -231,16 +231,32 @@ def _corrected(
     for name in priors:
         notes: tuple[str, ...] = ()
         if name == "em":
-            found = fit_prior(made.scores, prior, max_steps=200, tolerance=1e-5)
-            target = found.log_prior
-            state = (
-                "converged"
-                if found.converged
-                else f"NOT converged, its last step changed a share by {found.change:.1e}"
-            )
-            notes = (f"em: {state} after {found.num_steps} steps",)
+            found = _em(made, prior)
+            target, notes = found.log_prior, (_of_em(found), _tried_on_val(held, prior, counts))
         else:
             with np.errstate(divide="ignore"):
                 target = uniform(prior) if name == "uniform" else normalised(np.log(counts.natural))
         shift = step(prior, target)
         yield of_scores(name, made.moved(shift), held.moved(shift) if held else None, counts, notes)
+
+
+def _em(images: Labelled, prior: Floats) -> Estimate:
+    """Of the scores as they are: divided by a temperature they make it worse, see docs/LOG.md."""
+    return fit_prior(images.scores, prior, max_steps=200, tolerance=1e-5)
+
+
+def _of_em(found: Estimate) -> str:
+    state = "converged" if found.converged else f"NOT converged, its last step changed a share by {found.change:.1e}"
+    return f"em: {state} after {found.num_steps} steps"
+
+
+def _tried_on_val(held: Labelled | None, prior: Floats, counts: Counts) -> str:
+    """How far EM's shares are from those of val: half of the sum of their differences."""
+    if held is None:
+        return "em: not checked, as the file has no row of val; on long tails it often makes a model worse"
+    true = np.bincount(held.labels, minlength=len(prior)) / len(held.labels)
+    off, before = (np.abs(shares - true).sum() / 2 for shares in (np.exp(_em(held, prior).log_prior), counts.natural))
+    return (
+        f"em: tried on val, whose shares are known, it is off by {off:.1%} of the images, the shares of train by "
+        f"{before:.1%}; it can help only where the images at hand differ from train by more than it is off"
+    )

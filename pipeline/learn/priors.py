@@ -159,16 +159,16 @@ def fit_prior(scores: Scores, log_prior: Floats, *, tolerance: float = 1e-6, max
     if not tolerance > 0 or max_steps < 1:
         raise UsageError(f"tolerance must be above 0 and max_steps at least 1, not {tolerance} and {max_steps}")
     start = normalised(log_prior)
-    likelihood, log_scale = _likelihoods(scores, step(start, uniform(start)))
+    likelihood = _likelihoods(scores, step(start, uniform(start)))
     if not len(likelihood):
         raise UsageError("a prior is estimated from images with scores; there is none")
     share, told, change = np.exp(start), list[float](), np.inf
     while len(told) < max_steps and change >= tolerance:
         after, mean_log = _expected(likelihood, share)
-        told.append(mean_log + log_scale)
+        told.append(mean_log)
         change, share = float(np.abs(after - share).max()), after
     num_steps = len(told)
-    told.append(_expected(likelihood, share)[1] + log_scale)
+    told.append(_expected(likelihood, share)[1])
     with np.errstate(divide="ignore"):
         found = normalised(np.log(share))
     return Estimate(
@@ -176,19 +176,19 @@ def fit_prior(scores: Scores, log_prior: Floats, *, tolerance: float = 1e-6, max
     )
 
 
-def _likelihoods(scores: Scores, shift: Floats) -> tuple[NDArray[np.floating[Any]], float]:
-    """p(x|c) ``[N, K]``, each row in units of its largest; the mean of the logarithms of those."""
+def _likelihoods(scores: Scores, shift: Floats) -> NDArray[np.floating[Any]]:
+    """p(x|c) ``[N, K]``, each row in units of its largest; images without a score are left out."""
     moved = replace(scores, shift=shift if scores.shift is None else scores.shift + shift)
     kind = np.float64 if len(scores) * scores.num_classes <= EXACT else np.float32
     made = np.empty((len(scores), scores.num_classes), kind)
-    num, total = 0, 0.0
+    num = 0
     for _, logits in moved.by_rows():
         top = logits.max(axis=1)
         there = np.isfinite(top)
         rows = np.exp(logits[there] - top[there, None])
         made[num : num + len(rows)] = rows
-        num, total = num + len(rows), total + float(top[there].sum())
-    return made[:num], total / max(num, 1)
+        num += len(rows)
+    return made[:num]
 
 
 def _expected(likelihood: NDArray[np.floating[Any]], share: Floats) -> tuple[Floats, float]:
