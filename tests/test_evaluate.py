@@ -22,9 +22,11 @@ from tiny_snapshot import write_snapshot
 
 from pipeline.cli import cli, run
 from pipeline.errors import EvenshardError, NotFoundError, SourceError, UsageError
+from pipeline.learn import predictions, scores
 from pipeline.learn.evaluation import Training, evaluate
 from pipeline.learn.metrics import kappa
 from pipeline.learn.prediction_files import read_predictions
+from pipeline.learn.ranking import calibration_error
 from pipeline.snapshot import Snapshot
 
 COUNTS = {
@@ -181,14 +183,17 @@ def test_thresholds_come_from_val_and_never_from_test(snapshot: Snapshot, tmp_pa
     told = evaluate(snapshot, path)
     own = {split: np.array([row["split"] == split for row in rows]) for split in ("val", "test")}
     truth = np.array([row["class_id"] for row in rows])
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    probability = shifted / shifted.sum(1, keepdims=True)
-    each: list[float] = []
-    for c in np.unique(truth[own["test"]]):
-        outside = np.sort(probability[own["val"] & (truth != c), c])
-        limit = outside[int(np.ceil(0.9 * len(outside))) - 1]
-        each.append(float((probability[own["test"] & (truth == c), c] > limit).mean()))
-    assert told.variants[0].figures["sensitivity at specificity 0.9"].value == pytest.approx(np.mean(each))
+    train = np.array(COUNTS["train"])
+    corrected = np.where(train > 0, logits - np.log(train.clip(1)), -np.inf)
+    for one, values in zip(told.variants, (logits, corrected), strict=True):
+        shifted = np.exp(values - values.max(1, keepdims=True))
+        probability = shifted / shifted.sum(1, keepdims=True)
+        each: list[float] = []
+        for c in np.unique(truth[own["test"]]):
+            outside = np.sort(probability[own["val"] & (truth != c), c])
+            limit = outside[int(np.ceil(0.9 * len(outside))) - 1]
+            each.append(float((probability[own["test"] & (truth == c), c] > limit).mean()))
+        assert one.figures["sensitivity at specificity 0.9"].value == pytest.approx(np.mean(each))
     assert told.temperature is not None
     assert any("val has 25 images with scores, too few" in n and "specificity 0.99, 0.999:" in n for n in told.notes)
     columns: Table = {f"class {c}": logits[own["test"], c].tolist() for c in range(K)}
@@ -198,6 +203,23 @@ def test_thresholds_come_from_val_and_never_from_test(snapshot: Snapshot, tmp_pa
     assert "sensitivity at specificity 0.9" not in alone.variants[0].figures
     assert any("no row of val" in note for note in alone.notes)
     assert alone.variants[0].figures["accuracy"] == told.variants[0].figures["accuracy"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_only_test_has_thresholds(snapshot: Snapshot, tmp_path: Path, split: str) -> None:
+    path, _, _ = scored(tmp_path / "p.csv", snapshot, "train", "val")
+    told = evaluate(snapshot, path, split=split)
+    assert told.temperature is None
+    assert "sensitivity at specificity 0.9" not in told.variants[0].figures
+    assert "no thresholds and no temperature: they are chosen on val, for test alone" in told.notes
+
+
+def test_ten_images_of_val_choose_a_threshold_of_one_in_ten(tmp_path: Path) -> None:
+    snapshot = write_snapshot(tmp_path / "root", {"train": (9, 5), "val": (6, 4), "test": (4, 6)})
+    rows = images(snapshot, "test", "val")
+    scores = logits_of(rows)[:, :2].tolist()
+    told = evaluate(snapshot, write(tmp_path / "p.parquet", {"key": [row["key"] for row in rows], "scores": scores}))
+    assert any("val has 10 images" in note and "specificity 0.99, 0.999:" in note for note in told.notes)
 
 
 def test_the_prior_is_that_of_manifest_weights_and_offset(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -242,6 +264,28 @@ def test_em_says_whether_it_converged(snapshot: Snapshot, tmp_path: Path) -> Non
     notes = evaluate(snapshot, path, priors=["em"]).variants[1].notes
     assert re.match(r"em: (converged|NOT converged.*) after \d+ steps", notes[0])
     assert "em: not checked, as the file has no row of val" in notes[1]
+
+
+def test_em_starts_from_the_prior_that_the_scores_carry(snapshot: Snapshot, tmp_path: Path) -> None:
+    """By the loop of the paper."""
+    path, rows, logits = scored(tmp_path / "p.csv", snapshot, "test")
+    old = np.array(COUNTS["train"]) / 254
+    posterior = np.exp(logits[:, old > 0])
+    share = old[old > 0]
+    evidence = posterior / share
+    for _ in range(200):
+        moved = evidence * share
+        before, share = share, (moved / moved.sum(1, keepdims=True)).mean(0)
+        if np.abs(share - before).max() < 1e-5:
+            break
+    moved = evidence * share
+    truth = np.array([row["class_id"] for row in rows])
+    told = evaluate(snapshot, path, priors=["em"]).variants[1]
+    place = np.flatnonzero(old > 0)
+    right = place[moved.argmax(1)] == truth
+    assert told.figures["accuracy"].value == pytest.approx(right.mean())
+    error = calibration_error((moved / moved.sum(1, keepdims=True)).max(1), right)
+    assert told.figures["calibration error"].value == pytest.approx(error)
 
 
 @pytest.mark.parametrize("is_good", [True, False])
@@ -291,6 +335,21 @@ def test_all_that_is_wrong_is_told_at_once(snapshot: Snapshot, tmp_path: Path) -
     with pytest.raises(EvenshardError, match="1 of 32 images have no row") as caught:
         evaluate(snapshot, path, allow=["duplicate", "nan", "unknown"])
     assert "second row" not in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [1, 14, 1 << 20])
+@pytest.mark.parametrize("bad", [[np.nan, *[0.0] * 6], [*[0.0] * 6, np.inf], [-np.inf] * 7])
+def test_a_row_without_a_usable_score_is_found_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot, tmp_path: Path, block: int, bad: list[float]
+) -> None:
+    monkeypatch.setattr(predictions, "BLOCK", block)
+    rows = images(snapshot, "test")
+    for place in (0, 31):
+        scores = logits_of(rows).tolist()
+        scores[place] = bad
+        path = write(tmp_path / "p.parquet", {"key": [row["key"] for row in rows], "scores": scores})
+        with pytest.raises(EvenshardError, match=f"1 row has NaN.*scores: '{rows[place]['key']}'"):
+            evaluate(snapshot, path)
 
 
 def test_a_file_of_other_images_is_refused_whatever_is_allowed(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -371,6 +430,24 @@ def test_scores_that_are_neither_are_asked_about(snapshot: Snapshot, tmp_path: P
     with pytest.raises(EvenshardError, match="do not sum to 1: say --scores"):
         evaluate(snapshot, sigmoids)
     assert evaluate(snapshot, sigmoids, scores="probabilities").kind == "probabilities"
+
+
+def test_one_row_decides_what_all_scores_are(
+    monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    """The first by key, which is in a block of its own."""
+    monkeypatch.setattr(scores, "BLOCK", 1)
+    rows = sorted(images(snapshot, "test"), key=lambda row: row["key"])
+    certain = np.eye(K)[[row["class_id"] for row in rows]]
+    keys = [row["key"] for row in rows]
+    for first, told in (([1.5, -0.5, *[0.0] * 5], None), ([0.5, *[0.0] * 6], "do not sum to 1")):
+        certain[0] = first
+        path = write(tmp_path / "p.parquet", {"key": keys, "scores": certain.tolist()})
+        if told is None:
+            assert evaluate(snapshot, path).kind == "logits"
+        else:
+            with pytest.raises(EvenshardError, match=told):
+                evaluate(snapshot, path)
 
 
 def test_keys_of_digits_alone_stay_text(snapshot: Snapshot, tmp_path: Path) -> None:

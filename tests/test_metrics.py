@@ -62,9 +62,15 @@ def test_kappa_of_one_class_is_not_defined() -> None:
 
 
 def test_a_prediction_that_is_no_class_is_wrong_and_nothing_else() -> None:
-    labels, predicted = np.array([0, 0, 1, 1]), np.array([0, -1, 1, 70])
-    assert accuracy(labels, predicted) == 0.5
-    assert kappa(labels, predicted) == pytest.approx(cohen_kappa_score(labels, predicted))
+    for beyond in (2, 70):
+        labels, predicted = np.array([0, 0, 1, 1]), np.array([0, -1, 1, beyond])
+        assert accuracy(labels, predicted) == 0.5
+        assert kappa(labels, predicted) == pytest.approx(cohen_kappa_score(labels, predicted))
+
+
+def test_a_label_that_is_no_class_is_refused() -> None:
+    with pytest.raises(UsageError, match="label 2 is outside of 2 classes"):
+        per_class_recall(np.array([0, 2]), np.array([0, 1]), 2)
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 50])
@@ -212,6 +218,21 @@ def test_an_interval_of_accuracy_is_the_binomials(seed: int) -> None:
     right = accuracy(labels, predicted)
     half = 1.96 * math.sqrt(right * (1 - right) / 500)
     assert (low, high) == (pytest.approx(right - half, abs=0.008), pytest.approx(right + half, abs=0.008))
+    assert high - low == pytest.approx(2 * half, rel=0.1)  # of 90 % it would be narrower by a sixth
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interval_over_classes_is_that_of_a_mean(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=400)
+    low, high = over_classes(values, seed)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(400), rel=0.1)
+
+
+def test_every_image_is_drawn_and_undefined_replicates_are_left_out() -> None:
+    right_and_wrong = np.array([0, 0]), np.array([0, 1])
+    assert over_images(*right_and_wrong, accuracy) == (0, 1)
+    both_right = np.array([0, 1]), np.array([0, 1])  # kappa is not defined where one of them was drawn twice
+    assert over_images(*both_right, kappa) == (1, 1)
 
 
 def test_an_interval_over_classes_holds_the_truth_of_one_image_classes() -> None:
@@ -233,6 +254,9 @@ def test_an_interval_depends_on_its_seed_alone() -> None:
     low, high = over_classes(values, 1)
     assert low < np.nanmean(values) < high
     assert over_classes(values, 1) == over_classes(np.delete(values, 3), 1)
+    labels, predicted = guesses(0, (400, 20))
+    assert over_images(labels, predicted, kappa, 1) == over_images(labels, predicted, kappa, 1)
+    assert over_images(labels, predicted, kappa, 1) != over_images(labels, predicted, kappa, 2)
 
 
 def test_nothing_has_no_interval() -> None:

@@ -243,14 +243,14 @@ def test_what_a_file_lacks_is_impossible(tmp_path: Path) -> None:
     assert found.lacking.tolist() == [1]
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_csv_of_another_world_is_read(tmp_path: Path, ending: str, packed: bool, mark: str) -> None:
     """A spreadsheet's: a byte order mark, Windows line ends, quotes; gzipped; keys in upper case; an empty cell."""
     names = ["a,b", 'say "x"', "größe 漢", " c "]
     lines = ['key,"a,b","say ""x""",größe 漢, c ', "00000000000000AB,1,2.5,-3e2,4", '"00000000000000ac",1,,inf,-inf']
-    data = (mark + ending.join(lines) + ending).encode()
+    data = (mark + ending.join(lines) + (ending if packed else "")).encode()
     path = tmp_path / "p.csv"
     path.write_bytes(gzip.compress(data) if packed else data)
     found = read_predictions(path, names, np.ones(4, bool))

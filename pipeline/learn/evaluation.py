@@ -166,7 +166,7 @@ def evaluate(
         made, held = _labelled(given, met, kind), _labelled(given, val, kind) if val else None
         sharpness = fit_temperature(held.scores, held.labels) if held else None
         found = [of_scores(AS_GIVEN, made, held, counts), *_corrected(made, held, prior, priors, counts)]
-        notes += _of_val(val, sharpness)
+        notes += _of_val(split, val, sharpness)
     return Evaluation(
         snapshot=snapshot.number,
         split=split,
@@ -210,10 +210,11 @@ def _labelled(given: Predictions, met: Met, kind: str) -> Labelled:
     return Labelled(scores, met.labels)
 
 
-def _of_val(val: Met | None, sharpness: float | None) -> list[str]:
+def _of_val(split: str, val: Met | None, sharpness: float | None) -> list[str]:
     """What the thresholds cannot be trusted with."""
     if val is None:
-        return ["no thresholds and no temperature: they are chosen on val, and the file has no row of val"]
+        why = "and the file has no row of val" if split == "test" else "for test alone"
+        return [f"no thresholds and no temperature: they are chosen on val, {why}"]
     notes = ["no temperature: no image of val has a score for its class"] if sharpness is None else []
     beyond = [f"{s:g}" for s in SPECIFICITIES if len(val.rows) * (1 - s) < 1 - 1e-9]
     if beyond:

@@ -162,8 +162,8 @@ def _read_parquet(where: str, class_names: Sequence[str], occupied: Bools) -> Pr
 
 
 def _read_columns(file: pyarrow.parquet.ParquetFile, names: list[str]) -> pa.Table:
-    """By their whole names: to Parquet ``a`` is also the parent of ``a.b``, which then comes along."""
-    return file.read(columns=names, use_threads=False, use_pandas_metadata=False).select(names)
+    """More may come along: to Parquet ``a`` is also the parent of ``a.b``."""
+    return file.read(columns=names, use_threads=False, use_pandas_metadata=False)
 
 
 def _lists(file: pyarrow.parquet.ParquetFile, num_classes: int) -> Numbers:
@@ -230,12 +230,12 @@ def _opened(where: str, is_gzip: bool) -> IO[bytes]:
 
 
 def _most_rows(where: str, is_gzip: bool) -> int:
-    """No CSV has more rows than line ends, and one: the memory of what it has less is never touched."""
+    """No CSV has more rows than line ends, as its header has one: memory of what it has less is never touched."""
     num_ends = 0
     with _opened(where, is_gzip) as file:
         while data := file.read(1 << 20):
             num_ends += data.count(b"\n") + data.count(b"\r")
-    return num_ends + 1
+    return num_ends
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
