@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from remedies_sets import Held, generator
 from torch import nn
 
+from pipeline.keyed import derive, keyed_hash, seed_key, text_key
 from pipeline.learn.losses import CrossEntropy
 from pipeline.learn.metrics import balanced_accuracy, per_class_recall
 from pipeline.learn.priors import carried, step, uniform
@@ -23,6 +24,9 @@ from pipeline.learn.scores import log_softmax
 from pipeline.learn.train import normalise, rate_at, small_cnn
 from pipeline.plan.epoch import EpochFunction
 from pipeline.plan.shots import GROUPS, group_of
+from pipeline.stream.augment import HarderRepeats
+from pipeline.stream.batches import Rows
+from pipeline.stream.transforms import RandomResizedCropFlip
 
 BATCH = 64
 MARGIN = 3  # pixels that a training image may be shifted by
@@ -37,6 +41,7 @@ class Stage:
     loss: str = "plain"
     lr: float = 0.1
     head_only: bool = False  # a fresh head on a network that stays: cRT
+    harder: str = ""  # "repeats": HarderRepeats; "all": its full strength for every draw, to tell the two apart
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Row:
     name: str
     stages: tuple[Stage, ...]
     predict: str = "as they are"
+    tau: float = 1.0  # of tau-norm
 
 
 _NATURAL = (Stage("natural"),)
@@ -71,16 +77,11 @@ ROWS = (
     ),
     Row("natural, corrected afterwards by its prior", _NATURAL, "uniform"),
     Row("natural, tau-norm head (tau 1)", _NATURAL, "tau-norm"),
+    Row("natural, tau-norm head (tau 0.5)", _NATURAL, "tau-norm", tau=0.5),
+    Row("oversampled, repeats augmented harder", (Stage("balanced", harder="repeats"),)),
+    Row("balanced softmax, repeats augmented harder", (Stage("natural", loss="log_q", harder="repeats"),)),
+    Row("balanced softmax, every draw augmented harder", (Stage("natural", loss="log_q", harder="all"),)),
 )
-
-GROCERY_ROWS = tuple(
-    row
-    for row in ROWS
-    if {stage.manifest for stage in row.stages} <= {"natural", "square-root", "balanced"}
-    and row.stages[-1].loss in ("plain", "log_q")
-    and row.stages != (Stage("balanced"),)
-)
-"""Those of the first table that can be recommended, and what they start from: time is for seeds."""
 
 FIGURES = ("balanced", *GROUPS, "at natural prior", "corrected to it")
 """In [0, 1]: mean recall over all classes, and over many-, medium-, few- and one-shot ones; accuracy where classes are
@@ -107,20 +108,27 @@ def spans(stages: tuple[Stage, ...], num_steps: int) -> list[int]:
     return [*steps, round(sum(stage.share for stage in stages) * num_steps) - sum(steps)]
 
 
-def drawn_rows(held: Held, manifest: str, seed: int, num_draws: int) -> NDArray[np.int64]:
-    """int64 [num_draws]: rows of the sample table that a ``Loader`` of this seed reads first."""
+def drawn_rows(held: Held, manifest: str, seed: int, num_draws: int) -> Rows:
+    """The draws that a ``Loader`` of this seed reads first."""
     chosen = held.manifests[manifest]
     plan = EpochFunction(chosen.pool, chosen.targets, seed)
     draws = plan.draws(0, num_draws)
-    ordinal, _ = plan.images(draws.class_id, draws.draw)
-    return held.class_starts[draws.class_id] + ordinal
+    ordinal, repeat = plan.images(draws.class_id, draws.draw)
+    return Rows(
+        row=held.class_starts[draws.class_id] + ordinal,
+        class_id=draws.class_id,
+        position=np.arange(num_draws),
+        repeat=repeat,
+        key=keyed_hash(keyed_hash(derive(seed_key(seed), text_key("augment")), draws.class_id), draws.draw),
+    )
 
 
 def _train(before: nn.Sequential, held: Held, stages: tuple[Stage, ...], seed: int, num_steps: int) -> nn.Sequential:
     """A copy of ``before``, trained through the last of ``stages``."""
     model, stage = copy.deepcopy(before), stages[-1]
     *earlier, mine = spans(stages, num_steps)
-    rows = torch.from_numpy(drawn_rows(held, stage.manifest, seed, mine * BATCH)).view(mine, BATCH)
+    drawn = drawn_rows(held, stage.manifest, seed, mine * BATCH)
+    rows = torch.from_numpy(drawn.row).view(mine, BATCH)
     labels = torch.from_numpy(np.repeat(np.arange(len(held.counts)), held.counts))
     model.train()
     if stage.head_only:
@@ -134,7 +142,10 @@ def _train(before: nn.Sequential, held: Held, stages: tuple[Stage, ...], seed: i
     for i in range(mine):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * rate_at(i / mine)
-        logits = model(normalise(_augmented(pixels, rows[i], held.side, (seed, sum(earlier) + i)), torch.device("cpu")))
+        images = _augmented(pixels, rows[i], held.side, (seed, sum(earlier) + i))
+        if stage.harder:
+            images = _harder(images, drawn.part(i * BATCH, (i + 1) * BATCH), stage.harder)
+        logits = model(normalise(images, torch.device("cpu")))
         loss = criterion(logits, labels[rows[i]])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -168,6 +179,13 @@ def _augmented(pixels: torch.Tensor, rows: torch.Tensor, side: int, draw: tuple[
     return pixels[rows[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
+def _harder(images: torch.Tensor, drawn: Rows, which: str) -> torch.Tensor:
+    """uint8 [B, 3, H, W]: as ``HarderRepeats`` changes what its crop has made."""
+    harder = HarderRepeats(RandomResizedCropFlip(images.shape[-1]))
+    draws = drawn.draws() if which == "repeats" else (replace(draw, repeat=harder.full_at) for draw in drawn.draws())
+    return torch.stack([harder.change(image, draw) for image, draw in zip(images, draws, strict=True)])
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +194,7 @@ def _figures(row: Row, model: nn.Sequential, held: Held) -> list[float]:
     model = copy.deepcopy(model).eval()
     if row.predict == "tau-norm":
         head = model[-1]
-        head.weight /= head.weight.norm(dim=1, keepdim=True)
+        head.weight /= head.weight.norm(dim=1, keepdim=True) ** row.tau
         head.bias.zero_()
     batches = held.test.permute(0, 3, 1, 2).split(500)
     logits = torch.cat([model(normalise(batch, torch.device("cpu"))) for batch in batches]).double().numpy()

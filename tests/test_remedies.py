@@ -61,7 +61,7 @@ def test_the_image_in_memory_is_that_of_its_row_and_class(held: Held, tmp_path: 
     """Rows of a loader over the same manifest are the rows that training takes."""
     loader = Loader(held.manifests["square-root"], batch_size=64, seed=7, transform=lambda image: image)
     images, labels = next(iter(loader))
-    chosen = rows_of.drawn_rows(held, "square-root", 7, 64)
+    chosen = rows_of.drawn_rows(held, "square-root", 7, 64).row
     assert torch.equal(images, held.train[chosen].permute(0, 3, 1, 2))
     assert (np.searchsorted(held.class_starts, chosen, side="right") - 1).tolist() == labels.tolist()
 
@@ -131,7 +131,7 @@ def test_rows_of_a_seed_begin_with_one_network_and_draw_equally_often(
         taken = [drawn_row for _, rows in watch.draws for drawn_row in rows]
         steps = rows_of.spans(row.stages, STEPS)
         expected = [
-            rows_of.drawn_rows(held, stage.manifest, 7, count * rows_of.BATCH)
+            rows_of.drawn_rows(held, stage.manifest, 7, count * rows_of.BATCH).row
             for stage, count in zip(row.stages, steps, strict=True)
         ]
         assert taken == np.concatenate(expected).tolist(), row.name
@@ -158,11 +158,11 @@ def test_a_second_stage_for_the_head_moves_nothing_else(held: Held) -> None:
 def test_draws_follow_the_manifest(held: Held) -> None:
     """Over one epoch of `balanced`, every class as often as its target; undersampling for good keeps its 20 images."""
     manifest = held.manifests["balanced"]
-    taken = rows_of.drawn_rows(held, "balanced", 7, manifest.num_draws)
+    taken = rows_of.drawn_rows(held, "balanced", 7, manifest.num_draws).row
     classes = np.searchsorted(held.class_starts, taken, side="right") - 1
     assert np.bincount(classes, minlength=30).tolist() == manifest.targets.tolist()
-    frozen = rows_of.drawn_rows(held, "undersampled-20-frozen", 7, 5000)
-    rotating = rows_of.drawn_rows(held, "undersampled-20", 7, 5000)
+    frozen = rows_of.drawn_rows(held, "undersampled-20-frozen", 7, 5000).row
+    rotating = rows_of.drawn_rows(held, "undersampled-20", 7, 5000).row
     largest = int(held.counts.argmax())
     own = range(held.class_starts[largest], held.class_starts[largest + 1])
     assert len(set(frozen.tolist()) & set(own)) == 20

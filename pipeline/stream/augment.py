@@ -76,7 +76,11 @@ class HarderRepeats:
         return min(1.0, math.log1p(repeat) / math.log1p(self.full_at))
 
     def __call__(self, image: torch.Tensor, draw: Draw) -> torch.Tensor:
-        made, strength = self.crop(image, draw), self.strength(draw.repeat)
+        return self.change(self.crop(image, draw), draw)
+
+    def change(self, made: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """What follows the crop: uint8 ``[C, H, W]`` to the same shape; unchanged for the first draw of an image."""
+        strength = self.strength(draw.repeat)
         if strength == 0.0:
             return made
         # Numbers behind those of the crop: the first ones are the same however many are asked for.
