@@ -31,7 +31,7 @@ def test_the_first_view_is_the_plain_crop(key: int) -> None:
 
 
 def test_later_views_differ_more_and_more() -> None:
-    harder = HarderRepeats(CROP, full_at=30)
+    harder = HarderRepeats(CROP, full_at=30, magnitude=1.0)
 
     def change(repeat: int) -> float:
         pairs = [(harder(image(), draw(repeat, key)), CROP(image(), draw(repeat, key))) for key in range(60)]
@@ -44,11 +44,11 @@ def test_later_views_differ_more_and_more() -> None:
 
 
 def test_strength_runs_from_none_to_all() -> None:
-    harder = HarderRepeats(CROP, full_at=20)
+    harder = HarderRepeats(CROP, full_at=20, magnitude=0.5)
     values = [harder.strength(repeat) for repeat in range(30)]
-    assert (values[0], values[20], values[29]) == (0.0, 1.0, 1.0)
+    assert (values[0], values[20], values[29]) == (0.0, 0.5, 0.5)
     assert values == sorted(values)
-    assert 0.2 < values[1] < 0.3
+    assert 0.1 < values[1] < 0.15
 
 
 def test_a_view_is_a_function_of_its_draw() -> None:
@@ -84,3 +84,9 @@ def test_the_loader_decodes_whole_images_for_it() -> None:
 def test_numbers_below_one_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         HarderRepeats(CROP, **options)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1.01, float("nan")])
+def test_a_magnitude_that_means_nothing_is_refused(magnitude: float) -> None:
+    with pytest.raises(UsageError, match="at most 1"):
+        HarderRepeats(CROP, magnitude=magnitude)

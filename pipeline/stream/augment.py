@@ -55,25 +55,29 @@ OPERATIONS: tuple[Callable[[torch.Tensor, float], torch.Tensor], ...] = (
 class HarderRepeats:
     """``crop``, then ``num_operations`` random changes whose strength grows with how often the image was drawn before.
 
-    Strength is ``log(1 + repeat) / log(1 + full_at)``, at most 1: half of it is reached after a few repeats, all of it
-    at ``full_at``. Bounds at strength 1: 30 degrees, shear 0.3, 45 % of the side, factors 0.1 to 1.9. The loader
-    decodes whole images for it (as with ``quality="exact"``), which takes about three times as long. Errors:
-    ``UsageError`` for numbers below 1.
+    Strength is ``magnitude * log(1 + repeat) / log(1 + full_at)``, at most ``magnitude``: half of it is reached after a
+    few repeats, all of it at ``full_at``. Bounds at strength 1: 30 degrees, shear 0.3, 45 % of the side, factors 0.1 to
+    1.9; RandAugment's usual magnitude is 0.3 of them. The loader decodes whole images for it (as with
+    ``quality="exact"``), which takes about three times as long. Errors: ``UsageError`` for counts below 1, and a
+    magnitude that is not above 0 and at most 1.
     """
 
     crop: RandomResizedCropFlip
     num_operations: int = 2
     full_at: int = 20
+    magnitude: float = 0.3
 
     def __post_init__(self) -> None:
         if self.num_operations < 1 or self.full_at < 1:
             raise UsageError(
                 f"num_operations and full_at must be at least 1, found {self.num_operations} and {self.full_at}"
             )
+        if not 0 < self.magnitude <= 1:
+            raise UsageError(f"magnitude must be above 0 and at most 1, found {self.magnitude}")
 
     def strength(self, repeat: int) -> float:
-        """In [0, 1]: 0 for the first time an image is drawn (``repeat`` 0)."""
-        return min(1.0, math.log1p(repeat) / math.log1p(self.full_at))
+        """In [0, ``magnitude``]: 0 for the first time an image is drawn (``repeat`` 0)."""
+        return self.magnitude * min(1.0, math.log1p(repeat) / math.log1p(self.full_at))
 
     def __call__(self, image: torch.Tensor, draw: Draw) -> torch.Tensor:
         return self.change(self.crop(image, draw), draw)
