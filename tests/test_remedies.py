@@ -23,6 +23,7 @@ from remedies_sets import Held, drawn, grocery, long_tail, shrink_grocery  # noq
 from remedies_tell import against_first, paired_interval, plot, table  # noqa: E402
 
 from pipeline import Loader  # noqa: E402
+from pipeline.stream.batches import Rows  # noqa: E402
 
 STEPS = 10
 NAMES = ("balanced", "few", "other")
@@ -153,6 +154,19 @@ def test_a_second_stage_for_the_head_moves_nothing_else(held: Held) -> None:
     after = rows_of._train(before, held, row.stages, 7, STEPS)
     moved = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
     assert moved == [f"{len(before) - 1}.weight", f"{len(before) - 1}.bias"]
+
+
+def test_repeats_are_changed_and_first_views_are_not_but_for_the_control(held: Held) -> None:
+    """Over two passes of `natural` each image is new once; `all` treats it as seen often."""
+    drawn = rows_of.drawn_rows(held, "natural", 7, 2 * len(held.train))
+    assert np.bincount(drawn.repeat).tolist() == [len(held.train)] * 2
+    images = held.train[drawn.row].permute(0, 3, 1, 2)[-200:]
+    some = drawn.part(len(drawn.row) - 200, len(drawn.row))
+    assert (some.repeat == 1).all()
+    first = Rows(row=some.row, class_id=some.class_id, position=some.position, repeat=some.repeat * 0, key=some.key)
+    assert torch.equal(rows_of._harder(images, first, "repeats"), images)
+    change = [(rows_of._harder(images, some, which).float() - images).abs().mean() for which in ("repeats", "all")]
+    assert 0 < change[0] < change[1]
 
 
 def test_draws_follow_the_manifest(held: Held) -> None:
