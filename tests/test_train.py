@@ -24,6 +24,7 @@ from torch import nn
 from pipeline.cli import cli, run
 from pipeline.errors import AlreadyExistsError, IntegrityError, StateError, StoreError, UsageError
 from pipeline.learn import checkpoints, models
+from pipeline.learn.ledger import Ledger
 from pipeline.learn.recipe import LOSSES, Recipe, Stage, parse_stages
 from pipeline.learn.stepping import draw_seed
 from pipeline.learn.summing import by_count, worst_classes
@@ -181,6 +182,69 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_rest_is_bit_exact(
     ]
 
 
+def test_killed_between_its_scores_and_their_checkpoint_it_logs_them_once(
+    snapshot: Snapshot, whole: tuple[Path, list[Step]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "out", checkpoints.save
+
+    def killed(folder: Path, stage: int, *more: Any) -> Path:
+        if stage == 1:
+            raise KeyboardInterrupt
+        return save(folder, stage, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(snapshot, out))
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 1')  # and in the midst of a line
+    train(recipe(snapshot, out, resume=True))
+
+    def log(folder: Path) -> list[tuple[int, str, list[str]]]:
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        return [(line["step"], line["stage"], sorted(line)) for line in lines]
+
+    assert log(out) == log(whole[0])
+
+
+def test_one_process_at_a_time_trains_into_a_folder(snapshot: Snapshot, tmp_path: Path) -> None:
+    def another() -> None:
+        with pytest.raises(AlreadyExistsError, match="another process trains into it now"):
+            train(recipe(snapshot, tmp_path / "out", "natural:1", resume=True))
+
+    train(recipe(snapshot, tmp_path / "out", "natural:1"), observe=at_step(2, another))
+    train(recipe(snapshot, tmp_path / "out", "natural:1", resume=True))
+
+
+def test_ranks_whose_torchrun_was_killed_stop_with_a_checkpoint(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def orphaned() -> None:
+        monkeypatch.setattr("os.getppid", lambda: 1)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-000-0000000003-"):
+        train(recipe(snapshot, tmp_path / "out"), observe=at_step(2, orphaned))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    train(recipe(snapshot, tmp_path / "out", resume=True), observe=at_step(5, orphaned))  # of a shell that was left
+
+
+def test_a_folder_that_cannot_be_written_is_told(
+    snapshot: Snapshot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ("train", snapshot.store.url, "--stage", "natural:1", *TINY_TRAINING, "--out")
+    assert call(*words, tmp_path / "file/below") == 1
+    assert "nothing could be written there: [Errno 20] Not a directory" in capsys.readouterr().err
+    book = Ledger(tmp_path / "full", tensorboard=False, since_step=0, num_lines=0)
+    book.close()
+    with Path("/dev/full").open("w") as full:
+        book._file = full  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(StoreError, match="No space left on device; free space or name another DIR"):
+            book.write(1, "natural:1", {"loss": 1.0})
+        book.close()
+
+
 def test_a_torn_checkpoint_is_never_taken(snapshot: Snapshot, tmp_path: Path) -> None:
     out, told = tmp_path / "out", list[str]()
     with pytest.raises(KeyboardInterrupt):
@@ -199,8 +263,8 @@ def test_a_torn_checkpoint_is_never_taken(snapshot: Snapshot, tmp_path: Path) ->
 def test_a_write_that_ends_half_way_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints.save(tmp_path, 0, 1, {"progress": 1})
 
-    def torn(state: object, path: Path) -> None:
-        path.write_bytes(b"PK")
+    def torn(state: object, file: Any) -> None:
+        file.write(b"PK")
         raise RuntimeError("PytorchStreamWriter failed: No space left on device")  # as torch tells it
 
     with monkeypatch.context() as patched:
@@ -325,7 +389,8 @@ def test_tensorboard_gets_what_the_log_gets(
 
     class SummaryWriter:
         def __init__(self, folder: str, purge_step: int) -> None:
-            assert (folder, purge_step) == (str(tmp_path / "out/tensorboard"), 1)
+            assert folder == str(tmp_path / "out/tensorboard")
+            written.append(("purged from", 0.0, purge_step))
 
         def add_scalar(self, *scalar: Any) -> None:
             written.append(scalar)
@@ -344,7 +409,12 @@ def test_tensorboard_gets_what_the_log_gets(
         if name not in ("step", "stage") and value is not None
     ]
     assert "loss" in {name for name, _, _ in logged}
-    assert written == [*logged, ("closed", 0.0, 0)]
+    assert written == [("purged from", 0.0, 0), *logged, ("closed", 0.0, 0)]
+    written.clear()
+    last = max(step for _, _, step in logged)
+    train(recipe(snapshot, tmp_path / "out", "natural:1", tensorboard=True, resume=True))  # nothing is left to do
+    kept = [scalar for scalar in logged if scalar[2] == last]
+    assert written == [("purged from", 0.0, last), *kept, ("closed", 0.0, 0)]
 
 
 # -- the summary and its page

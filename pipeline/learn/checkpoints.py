@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ def save(folder: Path, stage: int, step: int, state: dict[str, Any]) -> Path:
 def save_tensors(held: dict[str, Any], path: Path) -> None:
     """``torch.save``, which wraps a full disk in a RuntimeError: here it is the OSError that it was."""
     try:
-        torch.save(held, path)
+        with path.open("wb") as file:
+            torch.save(held, file)
     except RuntimeError as error:
-        raise OSError(str(error)) from error
+        cause = error.__context__  # of a file that Python opened
+        raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
 
 def write_whole(folder: Path, write: Callable[[Path], None], name: Callable[[str], str]) -> Path:
     """A file of ``folder`` that is there whole or not at all; ``name`` is told the SHA-256 of its bytes."""
     draft = folder / f".checkpoint-{os.getpid()}-{os.urandom(4).hex()}.part"
-    try:
+    with writing_to(folder):
         for part in folder.iterdir():  # of a process that was killed while it wrote
             if _PART.fullmatch(part.name):
                 part.unlink(missing_ok=True)
@@ -66,11 +68,18 @@ def write_whole(folder: Path, write: Callable[[Path], None], name: Callable[[str
         finally:
             with suppress(FileNotFoundError):
                 draft.unlink()
+    return path
+
+
+@contextmanager
+def writing_to(folder: Path) -> Generator[None]:
+    """A disk that is full, a folder that must not be written: StoreError."""
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"{folder}: nothing could be written there: {error}; free space or name another DIR"
         ) from error
-    return path
 
 
 def _sync_directory(folder: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pipeline.errors import AlreadyExistsError, EvenshardError, StateError, UsageError
 from pipeline.learn import checkpoints, models, scoring
-from pipeline.learn.ledger import Ledger, need_tensorboard
+from pipeline.learn.ledger import LOG, Ledger, need_tensorboard
 from pipeline.learn.objectives import objective
 from pipeline.learn.predicting import PREDICTIONS, splits_of, write_predictions
 from pipeline.learn.priors import step as prior_step
@@ -68,6 +69,7 @@ class Progress:
 
     stage: int = 0
     num_steps: int = 0
+    num_lines: int = 0  # of the log
     loader: dict[str, Any] | None = None  # None: the stage was not begun
     optimizer: dict[str, Any] | None = None
     losses: list[float] = field(default_factory=list[float])  # of this stage's epochs so far
@@ -94,7 +96,9 @@ def train(recipe: Recipe, *, observe: Observe | None = None, echo: Echo = _quiet
     if recipe.tensorboard:
         need_tensorboard()
     with joined(recipe.device) as ranks, stopping() as stop:
-        return _Training(recipe, ranks, stop, observe, echo if ranks.is_first else _quiet).run()
+        training = _Training(recipe, ranks, stop, observe, echo if ranks.is_first else _quiet)
+        with closing(training.ledger):
+            return training.run()
 
 
 class _Training:
@@ -120,10 +124,12 @@ class _Training:
         elif recipe.weights is not None:
             models.load_weights(self.model, recipe.weights, self.num_classes)
         self.model.to(ranks.device)
-        folder = self.out if ranks.is_first else None
-        if folder is not None:  # not before all that was named is there
-            folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(folder, tensorboard=recipe.tensorboard, since_step=self.progress.num_steps)
+        self.ledger = Ledger(  # makes the folder: not before all that was named is there
+            self.out if ranks.is_first else None,
+            tensorboard=recipe.tensorboard,
+            since_step=self.progress.num_steps,
+            num_lines=self.progress.num_lines,
+        )
 
     def run(self) -> Trained:
         """All stages that are left; the model, and the summary."""
@@ -135,7 +141,6 @@ class _Training:
         if self.recipe.predictions:
             num = write_predictions(self.model, self.snapshot, self.recipe, self.ranks, self.out)
             self.echo(f"{PREDICTIONS}: the logits of {num:,} images")
-        self.ledger.close()
         self.ranks.wait()  # so that what was written is there for all
         return Trained(summary=summary, rank=self.ranks.rank)
 
@@ -143,16 +148,17 @@ class _Training:
 
     def _prepare(self) -> dict[str, Any] | None:
         """What the folder holds to go on from; AlreadyExistsError where it holds what nobody asked to go on with."""
-        if self.out.exists() and not self.out.is_dir():
-            raise AlreadyExistsError(f"{self.out} is a file: name another DIR")
-        if self.recipe.resume:
-            state = checkpoints.load_newest(self.out, self.echo)
-            self.echo("no checkpoint yet: training starts" if state is None else "going on from a checkpoint")
-            return state
-        if self.out.is_dir() and any(self.out.iterdir()):
-            what = "a training" if checkpoints.checkpoints(self.out) else "other files"
-            raise AlreadyExistsError(f"{self.out} holds {what}: go on with --resume, or name another DIR")
-        return None
+        with checkpoints.writing_to(self.out):  # one may not even be allowed to look
+            if self.out.exists() and not self.out.is_dir():
+                raise AlreadyExistsError(f"{self.out} is a file: name another DIR")
+            if not self.recipe.resume and self.out.is_dir() and any(self.out.iterdir()):
+                what = "a training" if (self.out / LOG).exists() or checkpoints.checkpoints(self.out) else "other files"
+                raise AlreadyExistsError(f"{self.out} holds {what}: go on with --resume, or name another DIR")
+        if not self.recipe.resume:
+            return None
+        state = checkpoints.load_newest(self.out, self.echo)
+        self.echo("no checkpoint yet: training starts" if state is None else "going on from a checkpoint")
+        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         wanted = self.recipe.fixed() | {"snapshot_id": self.snapshot.id}
@@ -172,6 +178,7 @@ class _Training:
 
     def _save(self, loader: Loader | None, stepper: Stepper | None) -> str:
         """The name of the checkpoint of now; every rank has waited until it is there."""
+        self.progress.num_lines = self.ledger.num_lines
         self.progress.loader = None if loader is None else loader.state_dict()
         self.progress.optimizer = None if stepper is None else stepper.optimizer.state_dict()
         name = ""
@@ -204,8 +211,7 @@ class _Training:
 
     def _stage(self, index: int) -> None:
         stage, manifest = self.recipe.stages[index], self.manifests[index]
-        uses_head = stage.freeze or stage.reset or stage.tau > 0
-        head = models.head_of(self.model, self.num_classes) if uses_head else None
+        head = models.head_of(self.model, self.num_classes) if stage.freeze or stage.reset or stage.tau else None
         if stage.reset and head is not None and self.progress.loader is None:
             models.reset_head(head, head_seed(self.recipe.seed, index))
         minimised = objective(stage.loss or self.recipe.loss, manifest)

@@ -1,4 +1,4 @@
-"""Kills at arbitrary moments of a training, resumed on 1, 2 or 3 ranks: `python tests/soak/train_kills.py [--kills 30]`.
+"""A training killed at any moment, resumed on 1, 2, 3 ranks: `python tests/soak/train_kills.py --kills 30 --seed 0`.
 
 Ranks are forked from this process, which has torch loaded, and ended as torchrun ends them: when one is gone, the
 others get SIGTERM, and SIGKILL where they do not follow. One rank gets SIGKILL, SIGTERM or SIGINT: after a while drawn
@@ -22,15 +22,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-
 from tiny_snapshot import write_snapshot
 
 from pipeline.learn import checkpoints, ledger, ranks, recipe, scoring, stepping, trainer
@@ -140,30 +139,36 @@ def run(options: dict[str, Any], folder: Path, num_ranks: int, kill: Kill | None
     for rank in range(num_ranks):
         mine = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
         living[fork(lambda mine=mine: be_rank(options, folder, mine, kill))] = rank
-    codes, began_s, ended_s = [0] * num_ranks, time.monotonic(), 0.0
-    is_due = kill is not None and not kill.moment
+    return waited_for(living, kill if kill is not None and not kill.moment else None)
+
+
+def waited_for(living: dict[int, int], kill: Kill | None) -> list[int]:
+    """Exit codes of ``living``, process ids and their ranks, of which one is to be killed on the way."""
+    codes, began_s, ended_s = [0] * len(living), time.monotonic(), 0.0
     while living:
         now_s = time.monotonic()
-        if is_due and kill and now_s - began_s >= kill.after_s:
-            is_due = False
-            for pid in [pid for pid, rank in living.items() if rank == kill.rank]:
-                os.kill(pid, kill.number)
+        if kill is not None and now_s - began_s >= kill.after_s:
+            send(kill.number, [pid for pid, rank in living.items() if rank == kill.rank])
+            kill = None
         for pid in list(living):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[living.pop(pid)] = os.waitstatus_to_exitcode(status)
         if not ended_s and any(codes):
             ended_s = now_s
-            for pid in living:
-                os.kill(pid, signal.SIGTERM)
+            send(signal.SIGTERM, living)
         hangs = now_s - began_s > HANG_S
         if hangs or (ended_s and now_s - ended_s > FOLLOW_S):
-            for pid in living:
-                os.kill(pid, signal.SIGKILL)
+            send(signal.SIGKILL, living)
             ended_s = now_s
-        assert not hangs, f"ranks {sorted(living.values())} hung: {kill}"
+        assert not hangs, f"ranks {sorted(living.values())} hung"
         time.sleep(0.005)
     return codes
+
+
+def send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 # -- what is checked --------------------------------------------------------------------------------------------------
