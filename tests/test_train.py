@@ -22,7 +22,7 @@ from tiny_snapshot import write_snapshot
 from torch import nn
 
 from pipeline.cli import cli, run
-from pipeline.errors import AlreadyExistsError, IntegrityError, StateError, StoreError, UsageError
+from pipeline.errors import AlreadyExistsError, EvenshardError, IntegrityError, StateError, StoreError, UsageError
 from pipeline.learn import checkpoints, models
 from pipeline.learn.ledger import Ledger
 from pipeline.learn.recipe import LOSSES, Recipe, Stage, parse_stages
@@ -155,6 +155,50 @@ def test_bf16_is_of_the_network_alone(snapshot: Snapshot, tmp_path: Path) -> Non
 def test_a_loss_that_is_no_number_ends_the_training(snapshot: Snapshot, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"training diverged: the loss is .* lower --lr"):
         train(recipe(snapshot, tmp_path / "out", "natural:9", lr=1e12))
+
+
+def test_a_network_that_is_no_number_is_not_scored(snapshot: Snapshot, tmp_path: Path) -> None:
+    model = models.make_model("small_cnn", 6, norm="group")
+    next(model.parameters()).data[0] = float("nan")
+    torch.save(model.state_dict(), tmp_path / "nan.pt")
+    with pytest.raises(EvenshardError, match="logits are no finite numbers: it diverged"):
+        train(recipe(snapshot, tmp_path / "out", "natural:0:tau=1", weights=str(tmp_path / "nan.pt")))
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "hint"),
+    [
+        ("natural:1 -> small:1", {}, "stage small:1 draws 5 images an epoch, fewer than batch_size 24"),
+        ("natural:1 -> balanced:1:crt", {"model": "squeezenet1_1", "side": 32}, "does not end in a linear layer of 6"),
+        ("natural:1", {"model": "alexnet"}, "AlexNet cannot train on 24 images of 16 pixels .*is too small"),
+        ("natural:1", {"model": "resnet18", "norm": "batch", "batch_size": 1}, "Expected more than 1 value"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_told_before_the_first(
+    stages: str, more: dict[str, Any], hint: str, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=hint):
+        train(recipe(snapshot, tmp_path / "out", stages, **more), observe=lambda _: pytest.fail("it trained"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_are_checked_without_a_change(tmp_path: Path) -> None:
+    model, before = models.make_model("small_cnn", 6), torch.random.get_rng_state()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    models.check_size(model, 16, 4)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(before, torch.random.get_rng_state())
+    with pytest.raises(UsageError, match="Expected more than 1 value per channel"):
+        models.check_size(models.make_model("resnet18", 6), 16, 1)
+    models.check_size(models.make_model("resnet18", 6), 16, 1, trains=False)  # of a stage that moves the head alone
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"), [({"out": "s3://bucket/out"}, "a folder of this machine"), ({"seed": 2**63}, "of 64 bits")]
+)
+def test_a_recipe_that_is_none_is_refused(more: dict[str, Any], hint: str, snapshot: Snapshot, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=hint):
+        Recipe(**{"root": snapshot.store.url, "out": str(tmp_path), "stages": parse_stages(["natural:1"]), **more})
 
 
 # -- checkpoints
@@ -334,6 +378,22 @@ def test_weights_come_from_a_file_with_a_head_of_other_classes(tmp_path: Path) -
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(StoreError, match="cannot be read as weights"):
         models.load_weights(model, tmp_path / "text.pt", 6)
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(StoreError, match=r"cannot be read as weights: (EOFError|Ran out)"):
+        models.load_weights(model, tmp_path / "empty.pt", 6)
+    torch.save(model, tmp_path / "whole.pt")
+    with pytest.raises(StoreError, match=r"code of a file is never run: save the model's state_dict\(\) instead"):
+        models.load_weights(model, tmp_path / "whole.pt", 6)
+
+
+def test_weights_of_a_model_without_a_linear_head_fit_as_a_whole(tmp_path: Path) -> None:
+    given = models.make_model("squeezenet1_1", 5, seed=9)
+    torch.save(given.state_dict(), tmp_path / "w.pt")
+    model = models.make_model("squeezenet1_1", 5)
+    models.load_weights(model, tmp_path / "w.pt", 5)
+    assert torch.equal(next(model.parameters()), next(given.parameters()))
+    with pytest.raises(UsageError, match="other shapes of"):
+        models.load_weights(models.make_model("squeezenet1_1", 6), tmp_path / "w.pt", 6)
 
 
 # -- the command

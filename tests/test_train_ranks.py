@@ -173,3 +173,16 @@ def test_the_job_under_torchrun_speaks_once(snapshot: Snapshot, tmp_path: Path) 
     assert json.loads(output) == json.loads((out / "summary.json").read_text())
     assert json.loads(output)["ranks"] == 2
     assert (out / "index.html").exists()
+
+
+def test_of_ranks_that_end_with_another_only_that_one_has_a_reason(snapshot: Snapshot, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").touch()
+    words = ("-m", "jobs.train", snapshot.store.url, "--stage", "natural:1", "--out", str(out), *TINY_TRAINING)
+    code, output = launch(tmp_path, 2, words, stderr=subprocess.STDOUT)
+    assert code == 1
+    assert "holds other files" in output
+    assert "fault of evenshard" not in output
+    if "error: rank" in output:  # torchrun may have ended it before
+        assert "error: rank 1 ends, as another rank is gone: its message says why" in output

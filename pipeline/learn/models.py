@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pipeline.errors import NotFoundError, StoreError, UsageError
 from pipeline.learn.recipe import Norm
@@ -55,6 +56,27 @@ def make_model(name: str, num_classes: int, *, norm: Norm = "batch", seed: int =
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+def check_size(model: nn.Module, side: int, batch_size: int, *, trains: bool = True) -> None:
+    """UsageError where ``model`` cannot take so many images of that size, in training mode or not.
+
+    Nothing is computed or changed: parameters and images are replaced by torch's meta tensors, which have shapes alone.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    images = torch.empty(batch_size, 3, side, side, device="meta")
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            functional_call(model.train(trains), shapes, (images,))
+    except (RuntimeError, ValueError, AssertionError) as error:  # each model has its own way
+        raise UsageError(
+            f"{type(model).__name__} cannot {'train on' if trains else 'take'} {batch_size} images of {side} pixels a "
+            f"rank: {_first_line(error)}; give --side as the model wants it, or a larger --batch-size"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def replace_batch_norm(model: nn.Module) -> None:
     """Every BatchNorm2d becomes a GroupNorm over the same channels: what a rank computes then depends on its own images
     alone, so that any number of ranks trains alike."""
@@ -68,13 +90,17 @@ def replace_batch_norm(model: nn.Module) -> None:
 
 def head_of(model: nn.Module, num_classes: int) -> nn.Linear:
     """The last linear layer, which has a row for each class."""
-    heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = _linear_layers(model)
     if not heads or heads[-1].out_features != num_classes:
         raise UsageError(
             f"this model does not end in a linear layer of {num_classes} rows: freeze, reset, crt and tau have no head "
             "to work on; choose another model, such as resnet18"
         )
     return heads[-1]
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def reset_head(head: nn.Linear, seed: int) -> None:
@@ -105,8 +131,8 @@ def load_weights(model: nn.Module, file: str | Path, num_classes: int) -> None:
     """
     given = _read_weights(Path(file))
     wanted = model.state_dict()
-    head = head_of(model, num_classes)
-    own = {name for name, module in model.named_modules() if module is head}
+    last = _linear_layers(model)[-1:]  # the head, where the model has one
+    own = {name for name, module in model.named_modules() if module in last and module.out_features == num_classes}
     heads = {f"{name}.{part}" for name in own for part in ("weight", "bias")}
     missing = sorted(name for name in wanted.keys() - heads if name not in given)
     shapes = {name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape}
@@ -125,7 +151,10 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or hostile: torch has no type of its own for it
-        raise StoreError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        what = _first_line(error)
+        if "Weights only" in what:  # torch goes on to advise that it be run
+            what = "it holds more than tensors, and code of a file is never run: save the model's state_dict() instead"
+        raise StoreError(f"{file} cannot be read as weights: {what}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UsageError
+from pipeline.errors import EvenshardError, UsageError
 from pipeline.learn.recipe import Device
 
 Ints = NDArray[np.int64]
@@ -89,11 +89,27 @@ def joined(device: Device = "auto") -> Generator[Ranks]:
     if ours:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     if dist.is_initialized():
-        yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=place)
+        with _telling_of_lost_ranks(dist.get_rank()):
+            yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=place)
     else:
         yield Ranks(rank=0, world_size=1, device=place)
     if ours:  # not after an error: another rank may still wait in a collective, and leaving would wait for it
         dist.destroy_process_group()
+
+
+@contextmanager
+def _telling_of_lost_ranks(rank: int) -> Generator[None]:
+    """Of ranks that end because another one did, the one that failed has the message worth reading."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or ("gloo" in str(error) and "peer" in str(error))
+        if not lost:
+            raise
+        raise EvenshardError(
+            f"rank {rank} ends, as another rank is gone: its message says why, or, where it was killed, the system's "
+            f"log; --resume goes on from the newest checkpoint ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _place(device: Device) -> torch.device:

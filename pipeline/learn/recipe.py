@@ -66,6 +66,11 @@ class Stage:
         if not self.epochs and not self.tau:
             raise UsageError(f"stage {self.manifest}:0 does nothing: give it epochs, or tau=0.5 to rescale the head")
 
+    @property
+    def uses_head(self) -> bool:
+        """Whether it needs to know which part of the network the head is."""
+        return self.freeze or self.reset or self.tau > 0
+
     def __str__(self) -> str:
         default = {field.name: field.default for field in fields(self)}
         given = {name: value for name, value in asdict(self).items() if value != default[name]}
@@ -166,6 +171,7 @@ class Recipe:
         check_loss(self.loss)
         if not self.stages:
             raise UsageError("a training needs a stage: MANIFEST:EPOCHS, for example natural:20")
+        _check_place_and_seed(self.out, self.seed)
         for name in ("side", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, not {getattr(self, name)}")
@@ -185,3 +191,10 @@ class Recipe:
         """What a resumed training must agree on, as JSON. Batch size, ranks, precision and device may change."""
         names = ("loss", "model", "norm", "side", "augment", "lr", "momentum", "weight_decay", "seed")
         return {"stages": [str(stage) for stage in self.stages], **{name: getattr(self, name) for name in names}}
+
+
+def _check_place_and_seed(out: str, seed: int) -> None:
+    if "://" in out:
+        raise UsageError(f"out must be a folder of this machine, not {out!r}: copy it there afterwards")
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"seed must be a number of 64 bits, not {seed}")

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import UsageError
+from pipeline.errors import EvenshardError, UsageError
 from pipeline.learn import metrics
 from pipeline.learn.ranks import Ranks
 from pipeline.learn.recipe import Recipe
@@ -76,6 +76,8 @@ def logits_on(
     for images, labels, real in batches:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_half):
             logits = logits_of(model(pixels(images, device))).float()
+        if not bool(torch.isfinite(logits).all()):
+            raise EvenshardError("the network's logits are no finite numbers: it diverged; lower --lr")
         yield logits, labels, real
 
 

@@ -118,6 +118,7 @@ class _Training:
             splits_of(self.snapshot)
         self.num_classes = self.snapshot.record.num_classes
         self.model = models.make_model(recipe.model, self.num_classes, norm=recipe.norm, seed=recipe.seed)
+        self._check_stages()
         self.progress = Progress()
         if state:
             self._restore(state)
@@ -143,6 +144,20 @@ class _Training:
             self.echo(f"{PREDICTIONS}: the logits of {num:,} images")
         self.ranks.wait()  # so that what was written is there for all
         return Trained(summary=summary, rank=self.ranks.rank)
+
+    def _check_stages(self) -> None:
+        """What a stage lacks is told now, not when the stages before it are done."""
+        recipe = self.recipe
+        for stage, manifest in zip(recipe.stages, self.manifests, strict=True):
+            if stage.uses_head:
+                models.head_of(self.model, self.num_classes)
+            if stage.epochs and manifest.num_draws < recipe.batch_size:
+                raise UsageError(
+                    f"stage {stage} draws {manifest.num_draws} images an epoch, fewer than batch_size "
+                    f"{recipe.batch_size}: lower it, or use a manifest with higher targets"
+                )
+        moves_body = any(stage.epochs and not stage.freeze for stage in recipe.stages)
+        models.check_size(self.model, recipe.side, recipe.batch_size // self.ranks.world_size, trains=moves_body)
 
     # -- checkpoints
 
@@ -211,7 +226,7 @@ class _Training:
 
     def _stage(self, index: int) -> None:
         stage, manifest = self.recipe.stages[index], self.manifests[index]
-        head = models.head_of(self.model, self.num_classes) if stage.freeze or stage.reset or stage.tau else None
+        head = models.head_of(self.model, self.num_classes) if stage.uses_head else None
         if stage.reset and head is not None and self.progress.loader is None:
             models.reset_head(head, head_seed(self.recipe.seed, index))
         minimised = objective(stage.loss or self.recipe.loss, manifest)
