@@ -15,7 +15,7 @@ from torch import distributed
 
 from pipeline.learn.gather import Gather
 from pipeline.learn.intervals import over_classes, over_images
-from pipeline.learn.losses import AUCM, CrossEntropy, Focal, balanced_softmax
+from pipeline.learn.losses import AUCM, CrossEntropy, Focal, Kappa, PairwiseAUC, balanced_softmax
 from pipeline.learn.metrics import accuracy, balanced_accuracy, kappa, per_class_recall
 from pipeline.learn.ranking import at_threshold, auroc, calibration_error, threshold
 from pipeline.snapshot import open_snapshot
@@ -53,7 +53,8 @@ def gradients(rank: int, ranks: int) -> list[list[float]]:
     cut = np.linspace(0, 1, ranks + 1) ** 2 * 13
     mine = slice(round(cut[rank]), round(cut[rank + 1]))
     prior = np.log([0.5, 0.2, 0.1, 0.1, 0.05, 0.05])
-    losses = [CrossEntropy(np.exp(-prior)), balanced_softmax(prior), Focal(), AUCM([2, 4], [0.1, 0.05])]
+    means = [CrossEntropy(np.exp(-prior)), balanced_softmax(prior), Focal(), AUCM([2, 4], [0.1, 0.05])]
+    losses = [*means, PairwiseAUC([2, 4]), PairwiseAUC([5, 0, 1]), Kappa(), Kappa("quadratic")]
     found: list[list[float]] = []
     for loss in losses:
         weight = head.clone().requires_grad_()

@@ -17,6 +17,7 @@ from pipeline.learn.losses import (
     CrossEntropy,
     DeferredCrossEntropy,
     Focal,
+    Kappa,
     PairwiseAUC,
     balanced_softmax,
     kappa_loss,
@@ -107,6 +108,30 @@ def test_pairwise_auc_is_its_definition(seed: int, size: tuple[int, int]) -> Non
             each.append(np.mean([max(0, 1.5 - (i - j)) ** 2 for i in yes for j in no]))
     expected = np.mean(each) if each else 0.0
     assert float(PairwiseAUC(named, margin=1.5)(logits, labels)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_odds_are_exact_where_a_probability_rounds_to_one() -> None:
+    logits = torch.tensor([[200.0, 0.0, -200.0], [7.0, 7.0, -300.0], [40.0, 1.0, 1.0]], requires_grad=True)
+    told = log_odds(logits, torch.tensor([2, 0, 1]))
+    expected = [[-400.0, 200.0, -200.0], [-307.0 - np.log(2), 0.0, 0.0], [-39.0, 39.0 - np.log(2), -39.0]]
+    np.testing.assert_allclose(told.detach().numpy(), expected, rtol=1e-6, atol=1e-6)
+    told.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_pairs_of_many_classes_need_no_more_memory_than_their_images() -> None:
+    """40 classes by 12 images by 12 images would be 5,760 numbers, 40 by 12 by 50 classes four times that."""
+    logits, labels = batch(4, (12, 50))
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PairwiseAUC(list(range(40)))(logits.requires_grad_(), labels)
+    assert max(kept) == 12 * 50
 
 
 def test_less_pairwise_loss_is_more_auc() -> None:
@@ -201,7 +226,7 @@ def losses(num_classes: int) -> dict[str, Loss]:
         "pairwise": PairwiseAUC(some),
         "aucm": AUCM(some, [0.3] * len(some)),
         "kappa": kappa_loss,
-        "quadratic kappa": lambda z, y: kappa_loss(z, y, "quadratic"),
+        "quadratic kappa": Kappa("quadratic"),
     }
 
 

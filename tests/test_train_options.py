@@ -1,4 +1,4 @@
-"""Options of a training beyond stages: repeats that are augmented harder."""
+"""Options of a training beyond stages: repeats that are augmented harder, losses of pairs and of agreement."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from tiny_snapshot import write_snapshot
+from tiny_snapshot import COUNTS, write_snapshot
 
-from pipeline.errors import StateError, UsageError
+from pipeline.errors import EvenshardError, StateError, UsageError
 from pipeline.learn import checkpoints
+from pipeline.learn.losses import CrossEntropy, PairwiseAUC, kappa_loss
+from pipeline.learn.objectives import objective
 from pipeline.learn.recipe import Recipe, parse_stages
 from pipeline.learn.stepping import Batch, Stepper, draw_seed
 from pipeline.learn.trainer import Step, train
-from pipeline.snapshot import Snapshot
+from pipeline.snapshot import Manifest, Snapshot
 from pipeline.stream.loader import Loader
 from pipeline.stream.transforms import RandomResizedCropFlip
 
@@ -93,3 +97,43 @@ def test_a_checkpoint_from_before_there_was_a_choice_is_of_crops(snapshot: Snaps
 def test_an_augmentation_that_is_none_is_refused(snapshot: Snapshot, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="augment must be one of crop, harder-repeats, not 'hard'"):
         recipe(snapshot, tmp_path, "natural:1", augment="hard")
+
+
+# -- losses of pairs and of agreement
+
+
+def manifest(available: list[int], targets: list[int]) -> Manifest:
+    return cast("Manifest", SimpleNamespace(name="mine", available=np.array(available), targets=np.array(targets)))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn((40, 6), generator=rng), torch.randint(0, 6, (40,), generator=rng)
+
+
+def test_auc_is_cross_entropy_and_the_pairs_of_drawn_classes_with_few_images() -> None:
+    found = objective("auc", manifest([60, 19, 0, 20, 1, 4], [9, 9, 0, 9, 9, 0]))
+    expected = CrossEntropy()(*batch()) + 0.01 * PairwiseAUC([1, 4])(*batch())
+    assert float(found.criterion(*batch())) == pytest.approx(float(expected), rel=1e-6)
+    assert found.log_prior is None
+
+
+@pytest.mark.parametrize(("available", "targets"), [([60, 20, 0], [9, 9, 0]), ([60, 4, 1], [9, 0, 0])])
+def test_auc_without_such_a_class_cannot_be_done(available: list[int], targets: list[int]) -> None:
+    with pytest.raises(EvenshardError, match=r"'mine' draws of no class with fewer than 20") as found:
+        objective("auc", manifest(available, targets))
+    assert found.value.exit_code == 1
+
+
+def test_that_no_class_is_rare_is_told_before_the_first_stage(tmp_path: Path) -> None:
+    snapshot = write_snapshot(tmp_path / "root", {**COUNTS, "train": (60, 20, 20, 30, 40, 50)})
+    with pytest.raises(EvenshardError, match="loss auc"):
+        train(recipe(snapshot, tmp_path / "out", "natural:1 -> natural:1:loss=auc"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("kappa", "nominal"), ("quadratic-kappa", "quadratic")])
+def test_kappa_is_of_its_kind(name: str, kind: Any) -> None:
+    found = objective(name, manifest([60, 4, 1], [9, 9, 9]))
+    assert float(found.criterion(*batch())) == pytest.approx(float(kappa_loss(*batch(), kind)))
+    assert found.log_prior is None

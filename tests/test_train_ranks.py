@@ -112,6 +112,32 @@ def test_any_number_of_ranks_is_one_training(
     assert mine["worst"] == theirs["worst"]
 
 
+@pytest.fixture(scope="module")
+def sets_alone(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Step]]:
+    out, seen = tmp_path_factory.mktemp("sets_alone") / "out", list[Step]()
+    train(recipe_of(options(snapshot, out, **SETS)), observe=seen.append)
+    return out, seen
+
+
+SETS: dict[str, Any] = {
+    "stages": [f"natural:1:loss={loss}" for loss in ("auc", "kappa", "quadratic-kappa")],
+    "augment": "crop",
+}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_losses_that_are_no_means_are_of_the_global_batch(
+    num_ranks: int, snapshot: Snapshot, sets_alone: tuple[Path, list[Step]], tmp_path: Path
+) -> None:
+    out, seen = sets_alone
+    code, output = torchrun(options(snapshot, tmp_path / "out", **SETS), tmp_path / "ranks", num_ranks)
+    assert code == 0, output
+    losses = [one["loss"] for one in told(tmp_path / "ranks", num_ranks)]
+    np.testing.assert_allclose(losses, [one.loss for one in seen], rtol=0, atol=1e-4)
+    assert len(losses) == 12
+    assert float((weights(tmp_path / "out") - weights(out)).abs().max()) < 1e-4
+
+
 def test_killed_it_goes_on_with_other_ranks_and_every_draw_counts_once(
     snapshot: Snapshot, alone: tuple[Path, list[Step]], tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ NONE = "none"
 @click.option(
     "--prior", "priors", multiple=True, type=click.Choice(["natural", "uniform", "em", NONE]),
     help="Correct scores to this prior; several times. em: estimated from the images; none: only as given, where it is "
-    "not known which prior they carry (focal loss, tau-norm).  [default: uniform]",
+    "not known which prior they carry (focal, auc, kappa; tau-norm).  [default: uniform]",
 )  # fmt: skip
 @click.option(
     "--scores", type=click.Choice(["auto", "logits", "probabilities"]), default="auto", show_default=True,

@@ -27,7 +27,8 @@ def train_options(function: Any) -> Any:
         click.option("--out", required=True, metavar="DIR", help="Checkpoints, model, summary, page."),
         click.option(
             "--loss", metavar="NAME", shell_complete=loss_names,
-            help="cross-entropy (default), balanced-softmax, weighted, effective-number, square-root, residual, focal.",
+            help="cross-entropy (default), balanced-softmax, weighted, effective-number, square-root, residual, focal, "
+            "auc, kappa, quadratic-kappa.",
         ),
         click.option(
             "--model", metavar="NAME", shell_complete=model_names,

@@ -5,8 +5,9 @@ In: logits ``[B, K]`` and int64 labels ``[B]`` of one rank; per-class float64 ``
 or wider, under autocast too; a class without images (log prior ``-inf``, weight 0) changes nothing for the others, and
 an image of such a class, which no draw holds but validation may, is left out instead of making the loss infinite.
 
-Means are over the *global* batch: each rank divides by what all ranks together count, times their number, as DDP
-averages gradients over ranks. The mean of the ranks' values is the loss; one rank's value alone is not.
+All are of the *global* batch. Means: each rank divides by what all ranks together count, times their number, as DDP
+averages gradients over ranks. AUC over pairs and kappa are no means: each rank computes them for the images of all,
+with gradients through its own. The mean of the ranks' values is the loss; one rank's value alone need not be.
 """
 
 from __future__ import annotations
@@ -38,6 +39,40 @@ def global_mean(values: Tensor, weight: Tensor) -> Tensor:
         distributed.all_reduce(count)
         ranks = distributed.get_world_size()
     return ranks * (weight * values).sum() / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def global_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``[N, K]`` and labels ``[N]`` of the batches of all ranks, in their order, which may differ in size.
+
+    Gradients flow into this rank's own rows. What is computed of them goes through ``shared``.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return logits, labels
+    sizes = torch.cat(_of_ranks(torch.tensor([len(labels)], device=labels.device))).tolist()
+    joined: list[Tensor] = []
+    for own in (logits, labels):
+        padded = own.new_zeros((max(sizes), *own.shape[1:]))  # collectives want equal shapes
+        padded[: len(own)] = own.detach()
+        parts = [part[:size] for part, size in zip(_of_ranks(padded), sizes, strict=True)]
+        parts[distributed.get_rank()] = own
+        joined.append(torch.cat(parts))
+    return joined[0], joined[1]
+
+
+def _of_ranks(own: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, own)
+    return parts
+
+
+def shared(value: Tensor) -> Tensor:
+    """``value``, a loss of the ``global_batch``, with its gradient times the number of ranks.
+
+    Each rank has the part of the gradient that flows through its own rows: they must be summed, and DDP averages.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    return value + (distributed.get_world_size() - 1) * (value - value.detach())
 
 
 def _vector(values: ArrayLike, what: str, *, finite: bool) -> Tensor:
@@ -166,7 +201,8 @@ class PairwiseAUC(_Rare):
 
     A surrogate of 1 - AUC (squared hinge: Gao et al., ICML 2013; LibAUC's PairwiseAUCLoss), h the log-odds of class c
     under the softmax. For fine-tuning on a few rare classes: it unlearns calibration, so that no prior can be corrected
-    afterwards. Pairs are those of one rank's batch; a class with no pair there counts for nothing.
+    afterwards. Pairs are those of the global batch; a class with no pair there counts for nothing. Memory is of N x P,
+    N images and P of them of named classes, however many classes are named.
     """
 
     def __init__(self, classes: Sequence[int], margin: float = 1.0) -> None:
@@ -176,22 +212,27 @@ class PairwiseAUC(_Rare):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of ``[B, K]`` logits and int64 ``[B]`` labels."""
         with torch.autocast(logits.device.type, enabled=False):
-            odds = log_odds(wide(logits), self.classes)
-            positive = self._positive(labels)
-            pair = positive[:, None, :] & ~positive[None, :, :]
-            gap = (self.margin - (odds[:, None, :] - odds[None, :, :])).clamp(min=0).square()
-            count = pair.sum((0, 1))
-            each = (gap * pair).sum((0, 1)) / count.clamp(min=1)
-            return each.sum() / (count > 0).sum().clamp(min=1)
+            z, truth = global_batch(wide(logits), labels)
+            rows = torch.isin(truth, self.classes).nonzero()[:, 0]
+            own = truth[rows]  # [P]: the class of each image of a named class
+            odds = log_odds(z, own)  # [N, P]: of every image, for that class
+            others = truth[:, None] != own
+            gap = (self.margin - (odds[rows, torch.arange(len(rows), device=rows.device)] - odds)).clamp(min=0)
+            count = (own[:, None] == own).sum(0) * others.sum(0)  # pairs of the class
+            each = (gap.square() * others).sum(0) / count.clamp(min=1)
+            return shared(each.sum() / max(1, own[count > 0].unique().numel()))
 
 
 def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     """``[B, R]``: log(p_c / (1 - p_c)) of the softmax for these classes; 0 where there is no other class."""
     if logits.shape[1] == 1:
         return logits[:, classes] * 0
-    others = torch.arange(logits.shape[1], device=logits.device) != classes[:, None]
-    rest = torch.where(others, logits[:, None, :], -torch.inf).logsumexp(2)
-    return logits[:, classes] - rest
+    # log(1 - p) is exact from p where p is at most a half, which only the largest can exceed: that one is left out.
+    top, everything = logits.argmax(1, keepdim=True), logits.logsumexp(1, keepdim=True)
+    without_top = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
+    own, is_top = logits[:, classes], classes == top
+    log_p = (own - everything).masked_fill(is_top, -1.0)  # any p below 1: it is not used
+    return own - torch.where(is_top, without_top, everything + torch.log1p(-log_p.exp()))
 
 
 class _Reverse(torch.autograd.Function):
@@ -255,9 +296,11 @@ def _reversed(alpha: Tensor) -> Tensor:
 
 # -- agreement --------------------------------------------------------------------------------------------------------
 
+KappaKind = Literal["nominal", "quadratic"]
 
-def kappa_loss(logits: Tensor, labels: Tensor, kind: Literal["nominal", "quadratic"] = "nominal") -> Tensor:
-    """1 - soft Cohen's kappa of this rank's batch, = sum w_ij O_ij / sum w_ij E_ij; from 0, at chance 1.
+
+def kappa_loss(logits: Tensor, labels: Tensor, kind: KappaKind = "nominal") -> Tensor:
+    """1 - soft Cohen's kappa of the global batch, = sum w_ij O_ij / sum w_ij E_ij; from 0, at chance 1.
 
     de la Torre et al., Pattern Recognition Letters 2018: O_ij is the probability that the model puts on j for images
     of class i, E_ij = n_i P_j / B what independence would give. ``nominal``: w = [i != j]. ``quadratic``: w =
@@ -267,7 +310,8 @@ def kappa_loss(logits: Tensor, labels: Tensor, kind: Literal["nominal", "quadrat
     if kind not in ("nominal", "quadratic"):
         raise UsageError(f"kind must be nominal or quadratic, not {kind!r}")
     with torch.autocast(logits.device.type, enabled=False):
-        p = wide(logits).softmax(1)
+        z, labels = global_batch(wide(logits), labels)
+        p = z.softmax(1)
         batch, num_classes = p.shape
         mass = p.sum(0)
         support = torch.bincount(labels, minlength=num_classes).to(p.dtype)
@@ -280,4 +324,16 @@ def kappa_loss(logits: Tensor, labels: Tensor, kind: Literal["nominal", "quadrat
             chance = (grade.square() * support).sum() + (grade.square() * mass).sum()
             chance = chance - 2 * (grade * support).sum() * (grade * mass).sum() / batch
         defined = chance > 1e-6 * batch
-        return torch.where(defined, found / torch.where(defined, chance, torch.ones_like(chance)), found * 0)
+        return shared(torch.where(defined, found / torch.where(defined, chance, torch.ones_like(chance)), found * 0))
+
+
+class Kappa(nn.Module):
+    """``kappa_loss`` of one kind."""
+
+    def __init__(self, kind: KappaKind = "nominal") -> None:
+        super().__init__()
+        self.kind: KappaKind = kind
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``[B, K]`` logits and int64 ``[B]`` labels."""
+        return kappa_loss(logits, labels, self.kind)

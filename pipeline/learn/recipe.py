@@ -23,6 +23,9 @@ LOSSES: Mapping[str, str] = {
     "square-root": "draws weigh 1/sqrt(n_c)",
     "residual": "draws weigh 1/T_c: what these draws still lack to be balanced",
     "focal": "easy draws count less; sigmoids, whose prior is not known",
+    "auc": "cross-entropy, and each pair of a rare class's image and another that is not ranked right; prior not known",
+    "kappa": "1 - Cohen's kappa of the batch; prior not known",
+    "quadratic-kappa": "the same for classes in an order: an error counts by its distance squared; prior not known",
 }
 """The losses that ``--loss`` and a stage's ``loss=`` name; ``objectives`` makes them."""
 

@@ -113,6 +113,10 @@ class _Training:
         state = ranks.told(self._prepare() if ranks.is_first else None)
         self.snapshot = open_snapshot(recipe.root, recipe.at or (state["snapshot"] if state else None))
         self.manifests = [self.snapshot.manifest(stage.manifest) for stage in recipe.stages]
+        self.minimised = [
+            objective(stage.loss or recipe.loss, manifest)
+            for stage, manifest in zip(recipe.stages, self.manifests, strict=True)
+        ]
         self.split = scoring.evaluation_split(self.snapshot, recipe.split)
         if recipe.predictions:
             splits_of(self.snapshot)
@@ -229,7 +233,7 @@ class _Training:
         head = models.head_of(self.model, self.num_classes) if stage.uses_head else None
         if stage.reset and head is not None and self.progress.loader is None:
             models.reset_head(head, head_seed(self.recipe.seed, index))
-        minimised = objective(stage.loss or self.recipe.loss, manifest)
+        minimised = self.minimised[index]
         if stage.epochs:
             moving = head if stage.freeze else None
             stepper = Stepper(self.model, moving, minimised.criterion, self.recipe, index, self.ranks)
