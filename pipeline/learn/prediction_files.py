@@ -220,7 +220,6 @@ def _read_csv(where: str, is_gzip: bool, class_names: Sequence[str], occupied: B
             part = batch.select(columns.rest).to_tensor(null_to_nan=True, row_major=True).to_numpy()
             matrix.put(slice(first, first + len(part)), columns.place, part)
             first += len(part)
-    pa.default_memory_pool().release_unused()
     names = _text(pa.chunked_array(parts, pa.string()), columns.by)
     return _predictions(where, columns, names, None, matrix.finished(columns.lacking, first))
 

@@ -161,7 +161,7 @@ def _over_classes(values: Floats) -> Figure:
 def _confused(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
     """int64 ``[K]``: the class that wrong images of each class are most often taken for; the first of equal ones."""
     result = np.full(num_classes, NO_CLASS, dtype=np.int64)
-    wrong = (labels != predicted) & (predicted != NO_CLASS)
+    wrong = labels != predicted  # what was taken for nothing says nothing
     pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
     for place in np.argsort(-counts, kind="stable").tolist():
         if result[pairs[0, place]] == NO_CLASS:
