@@ -247,6 +247,13 @@ def test_the_worst_classes_and_what_they_are_taken_for(snapshot: Snapshot, tmp_p
     assert told.variants[0].num_never == 4
 
 
+def test_a_class_that_is_recognised_once_is_not_never_recognised(snapshot: Snapshot, tmp_path: Path) -> None:
+    rows = sorted(images(snapshot, "test"), key=lambda row: row["class_id"])
+    table: Table = {"key": [row["key"] for row in rows], "label": [0] + [1] * 31}
+    told = evaluate(snapshot, write(tmp_path / "p.parquet", table))
+    assert told.variants[0].num_never == 4  # of 6 measured
+
+
 def test_an_image_that_only_an_impossible_class_claims_is_wrong(snapshot: Snapshot, tmp_path: Path) -> None:
     """Class 6 has no training image: corrected, nothing is left to predict for what is given to it alone."""
     rows = images(snapshot, "test")
