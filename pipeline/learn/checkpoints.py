@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -105,7 +105,7 @@ def load_newest(folder: Path, tell: Callable[[str], Any]) -> dict[str, Any] | No
         if problem := _problem(path):
             tell(f"{path.name} is passed over: {problem}")
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
         if state.get("format_version") != FORMAT_VERSION:
             raise IntegrityError(
                 f"{path}: format_version {state.get('format_version')!r}, this version of evenshard reads "
@@ -115,6 +115,19 @@ def load_newest(folder: Path, tell: Callable[[str], Any]) -> dict[str, Any] | No
     if found:
         raise IntegrityError(f"{folder}: all {len(found)} checkpoints are damaged; name another DIR to begin anew")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no type of its own for what it refuses to unpickle
+        raise IntegrityError(
+            f"{path}: its name tells its bytes, and they are no checkpoint of evenshard (code of a file is never run): "
+            "name another DIR"
+        ) from error
+    if not isinstance(state, dict):
+        raise IntegrityError(f"{path}: its bytes are no checkpoint of evenshard: name another DIR")
+    return cast("dict[str, Any]", state)
 
 
 def _problem(path: Path) -> str:

@@ -87,7 +87,7 @@ def joined(device: Device = "auto") -> Generator[Ranks]:
         torch.cuda.set_device(place)
     ours = not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if ours:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        _meet("nccl" if place.type == "cuda" else "gloo")
     if dist.is_initialized():
         with _telling_of_lost_ranks(dist.get_rank()):
             yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=place)
@@ -95,6 +95,16 @@ def joined(device: Device = "auto") -> Generator[Ranks]:
         yield Ranks(rank=0, world_size=1, device=place)
     if ours:  # not after an error: another rank may still wait in a collective, and leaving would wait for it
         dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:  # ValueError: torchrun's variables are there in part
+        raise EvenshardError(
+            f"the ranks of this run did not meet: {str(error).splitlines()[0]}; start all of them, where they reach "
+            "each other (torchrun --max-restarts tries again)"
+        ) from error
 
 
 @contextmanager
