@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.errors import UsageError
 from pipeline.learn.calibration import MAX_SHARPNESS, temperature
-from pipeline.learn.priors import Logits, carried, estimate_prior, normalised, step, uniform
-from pipeline.learn.scores import log_softmax
+from pipeline.learn.priors import POWERS, Logits, carried, estimate_prior, fit_power, normalised, step, uniform
+from pipeline.learn.scores import Scores, log_softmax
 from pipeline.plan.manifest import log_q, weights
 
 Floats = NDArray[np.float64]
@@ -172,6 +172,66 @@ def test_em_of_nothing_is_refused() -> None:
         estimate_prior(Logits(np.zeros((0, 2)), np.zeros(2)))
     with pytest.raises(UsageError, match="max_steps"):
         estimate_prior(Logits(np.zeros((1, 2)), np.zeros(2)), max_steps=0)
+
+
+# -- one power --------------------------------------------------------------------------------------------------------
+
+TAIL = np.array([0.7, 0.2, 0.08, 0.02])
+
+
+def to_power(power: float) -> Floats:
+    return TAIL**power / (TAIL**power).sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("power", [-0.5, 0.0, 0.4, 1.0, 1.6])
+def test_the_power_of_the_images_is_found_whatever_prior_the_scores_carry(power: float, seed: int) -> None:
+    old = np.array([0.4, 0.1, 0.3, 0.2])
+    found = fit_power(Scores(values=gaussian(seed, to_power(power), 20_000, old).values), np.log(old), np.log(TAIL))
+    assert found.power == pytest.approx(power, abs=0.06)
+    np.testing.assert_allclose(np.exp(found.log_prior), to_power(found.power), rtol=1e-9)
+    assert not found.is_at_end
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_power_is_likelier(seed: int) -> None:
+    """By brute force over a fine grid."""
+    rng = np.random.default_rng(seed)
+    values, old = rng.normal(0, 3, (30, 4)), np.exp(normalised(shares(rng, 4)))
+    likelihood = np.exp(values - np.log(old))
+    grid = np.linspace(*POWERS, 3001)
+    told = [np.log(likelihood @ to_power(power)).mean() for power in grid]
+    found = fit_power(Scores(values=values), np.log(old), np.log(TAIL))
+    assert found.power == pytest.approx(grid[int(np.argmax(told))], abs=2e-3)
+
+
+@pytest.mark.parametrize(("class_id", "end"), [(0, POWERS[1]), (3, POWERS[0])])
+def test_images_that_no_power_explains_end_at_an_end(class_id: int, end: float) -> None:
+    values = np.tile(20.0 * np.eye(4)[class_id], (10, 1))
+    found = fit_power(Scores(values=values), np.log(TAIL), np.log(TAIL))
+    assert found.power == pytest.approx(end, abs=1e-3)
+    assert found.is_at_end
+
+
+def test_a_class_that_cannot_occur_stays_impossible_under_every_power() -> None:
+    log_shares = np.array([np.log(0.6), np.log(0.4), -np.inf, np.log(0.3)])
+    carries = np.array([np.log(0.3), np.log(0.3), np.log(0.4), -np.inf])
+    found = fit_power(Scores(values=np.random.default_rng(0).normal(size=(50, 4))), carries, log_shares)
+    assert np.isneginf(found.log_prior).tolist() == [False, False, True, True]
+    assert np.isfinite(found.log_likelihood)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_of_equal_shares_every_power_is_the_same(num_classes: int) -> None:
+    even = np.full(num_classes, -np.log(num_classes))
+    found = fit_power(Scores(values=np.random.default_rng(1).normal(size=(9, num_classes))), even, even)
+    np.testing.assert_allclose(found.log_prior, even)
+    assert (found.power, found.is_at_end) == (1.0, False)
+
+
+def test_a_power_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="there is none"):
+        fit_power(Scores(values=np.zeros((0, 2))), np.zeros(2), np.zeros(2))
 
 
 # -- temperature ------------------------------------------------------------------------------------------------------

@@ -295,6 +295,24 @@ def test_em_starts_from_the_prior_that_the_scores_carry(snapshot: Snapshot, tmp_
     assert told.figures["calibration error"].value == pytest.approx(error)
 
 
+def test_power_finds_how_flat_the_images_are_and_moves_scores_there(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Of certain scores the likeliest power is that under which log-shares have the mean they have among the labels."""
+    rows = images(snapshot, "test")
+    counts = np.array(COUNTS["train"])
+    rows = [row for row in rows if counts[row["class_id"]]]
+    truth = np.array([row["class_id"] for row in rows])
+    table: Table = {"key": [row["key"] for row in rows], "scores": (30.0 * np.eye(K)[truth]).tolist()}
+    variant = evaluate(snapshot, write(tmp_path / "p.parquet", table), priors=["power"], allow=["missing"]).variants[1]
+    found = re.match(r"power: train's shares to the power of (-?[\d.]+) ", variant.notes[0])
+    assert found is not None
+    log_shares = np.log(counts[counts > 0])
+    grid = np.linspace(-1, 2, 3001)
+    means = np.array([np.average(log_shares, weights=np.exp(g * log_shares)) for g in grid])
+    best = grid[int(np.abs(means - np.log(counts[truth]).mean()).argmin())]
+    assert float(found[1]) == pytest.approx(best, abs=0.011)
+    assert variant.notes[1] == "power: not checked, as the file has no row of val"
+
+
 @pytest.mark.parametrize("is_good", [True, False])
 def test_em_is_tried_on_val_whose_shares_are_known(snapshot: Snapshot, tmp_path: Path, is_good: bool) -> None:
     rows = images(snapshot, "test", "val")

@@ -59,7 +59,7 @@ FAILED = {
     "DEST is taken": ("export {root} natural {tmp}/taken", "not empty"),
     "the page has no place": ("report {root} --out {tmp}/none/page.html", "name another file"),
     "no predictions": ("evaluate {root} {tmp}/none.csv", "name another file"),
-    "predictions of nothing": ("evaluate {root} {tmp}/file", "neither CSV in UTF-8 nor Parquet"),
+    "predictions of nothing": ("evaluate {root} {tmp}/file", "expected a column key or path"),
     "trained on no such manifest": ("evaluate {root} {tmp}/file --manifest balancd", "did you mean 'balanced'"),
     "no source to show": ("report {root} --source {tmp}/none", "no directory"),
     "no such manifest to train on": ("train {root} --stage balancd:1 --out {tmp}/x", "did you mean 'balanced'"),

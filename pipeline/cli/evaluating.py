@@ -23,7 +23,7 @@ NONE = "none"
     examples=(
         "evaluate ROOT PREDICTIONS",
         "evaluate ROOT PREDICTIONS --manifest balanced --prior natural --json",
-        "evaluate ROOT PREDICTIONS --prior uniform --prior em --page PAGE",
+        "evaluate ROOT PREDICTIONS --prior uniform --prior power --page PAGE",
     )
 )
 @click.argument("root")
@@ -42,9 +42,11 @@ NONE = "none"
 )  # fmt: skip
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option(
-    "--prior", "priors", multiple=True, type=click.Choice(["natural", "uniform", "em", NONE]),
-    help="Correct scores to this prior; several times. em: estimated from the images; none: only as given, where it is "
-    "not known which prior they carry (focal, auc, kappa; tau-norm).  [default: uniform]",
+    "--prior", "priors", multiple=True, type=click.Choice(["natural", "uniform", "power", "em", NONE]),
+    help="Correct scores to this prior; several times. Estimated from the images: power, train's shares to one "
+    "power; em, each share. none: only as given, where it is not known which prior they carry (focal, auc, kappa; "
+    "tau-norm).  "
+    "[default: uniform]",
 )  # fmt: skip
 @click.option(
     "--scores", type=click.Choice(["auto", "logits", "probabilities"]), default="auto", show_default=True,

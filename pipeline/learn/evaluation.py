@@ -20,7 +20,7 @@ from pipeline.errors import EvenshardError, UsageError
 from pipeline.learn.calibration import fit_temperature
 from pipeline.learn.prediction_files import Predictions, read_predictions
 from pipeline.learn.predictions import Met, meet
-from pipeline.learn.priors import Estimate, carried, fit_prior, normalised, step, uniform
+from pipeline.learn.priors import carried, fit_power, fit_prior, normalised, step, uniform
 from pipeline.learn.ranking import SPECIFICITIES
 from pipeline.learn.scores import Scores
 from pipeline.learn.variants import Counts, Labelled, Variant, of_labels, of_scores
@@ -31,8 +31,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 AS_GIVEN = "as given"
-PRIORS = ("natural", "uniform", "em")
-"""``natural``: as in train. ``em``: estimated from the images that are measured, without their labels."""
+PRIORS = ("natural", "uniform", "power", "em")
+"""``natural``: as in train. Estimated from the images that are measured, without their labels: ``power``, the shares of
+train to one power; ``em``, each share by itself."""
+
+ESTIMATED = ("power", "em")
 
 OF_PREVALENCE = frozenset({"accuracy", "accuracy at train's shares", "kappa", "calibration error"})
 """Figures that move with how frequent classes are, whatever the model does to each: docs/METRICS.md."""
@@ -231,9 +234,9 @@ def _corrected(
     """A variant for each prior, from scores that carry ``prior``."""
     for name in priors:
         notes: tuple[str, ...] = ()
-        if name == "em":
-            found = _em(made, prior)
-            target, notes = found.log_prior, (_of_em(found), _tried_on_val(held, prior, counts))
+        if name in ESTIMATED:
+            target, note = _estimated(name, made, prior, counts)
+            notes = (f"{name}: {note}", _tried_on_val(name, held, prior, counts))
         else:
             with np.errstate(divide="ignore"):
                 target = uniform(prior) if name == "uniform" else normalised(np.log(counts.natural))
@@ -241,23 +244,27 @@ def _corrected(
         yield of_scores(name, made.moved(shift), held.moved(shift) if held else None, counts, notes)
 
 
-def _em(images: Labelled, prior: Floats) -> Estimate:
-    """Of the scores as they are: divided by a temperature they make it worse, see docs/LOG.md."""
-    return fit_prior(images.scores, prior, max_steps=200, tolerance=1e-5)
+def _estimated(name: str, images: Labelled, prior: Floats, counts: Counts) -> tuple[Floats, str]:
+    """A log prior of the scores as they are: divided by a temperature they make it worse, see docs/LOG.md."""
+    if name == "em":
+        found = fit_prior(images.scores, prior, max_steps=200, tolerance=1e-5)
+        short = f"NOT converged, its last step changed a share by {found.change:.1e}"
+        return found.log_prior, f"{'converged' if found.converged else short} after {found.num_steps} steps"
+    with np.errstate(divide="ignore"):
+        fitted = fit_power(images.scores, prior, np.log(counts.natural))
+    end = ", an end of where it is looked for: train's shares say nothing of these images" if fitted.is_at_end else ""
+    return fitted.log_prior, f"train's shares to the power of {fitted.power:.2f} (1: as in train, 0: uniform){end}"
 
 
-def _of_em(found: Estimate) -> str:
-    state = "converged" if found.converged else f"NOT converged, its last step changed a share by {found.change:.1e}"
-    return f"em: {state} after {found.num_steps} steps"
-
-
-def _tried_on_val(held: Labelled | None, prior: Floats, counts: Counts) -> str:
-    """How far EM's shares are from those of val: half of the sum of their differences."""
+def _tried_on_val(name: str, held: Labelled | None, prior: Floats, counts: Counts) -> str:
+    """How far estimated shares are from those of val: half of the sum of their differences."""
     if held is None:
-        return "em: not checked, as the file has no row of val; on long tails it often makes a model worse"
+        what = "; on long tails it often makes a model worse" if name == "em" else ""
+        return f"{name}: not checked, as the file has no row of val{what}"
     true = np.bincount(held.labels, minlength=len(prior)) / len(held.labels)
-    off, before = (np.abs(shares - true).sum() / 2 for shares in (np.exp(_em(held, prior).log_prior), counts.natural))
+    shares = np.exp(_estimated(name, held, prior, counts)[0])
+    off, before = (np.abs(one - true).sum() / 2 for one in (shares, counts.natural))
     return (
-        f"em: tried on val, whose shares are known, it is off by {off:.1%} of the images, the shares of train by "
+        f"{name}: tried on val, whose shares are known, it is off by {off:.1%} of the images, the shares of train by "
         f"{before:.1%}; it can help only where the images at hand differ from train by more than it is off"
     )

@@ -205,3 +205,67 @@ def _expected(likelihood: NDArray[np.floating[Any]], share: Floats) -> tuple[Flo
 
 EM_BLOCK = 1 << 18
 """Numbers that are widened at a time: 2 MiB, which stay near the core for both products."""
+
+
+# -- an unknown prior of one number -----------------------------------------------------------------------------------
+
+POWERS = (-1.0, 2.0)
+"""Where a power is looked for: from a tail turned around to one twice as steep."""
+
+_POWER_STEP = 0.25
+_POWER_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PowerEstimate:
+    """The prior ``shares ** power``, normalised."""
+
+    log_prior: Floats
+    power: float
+    """0: all classes are equally frequent, 1: as they were, at an end of ``POWERS``: none of these fits."""
+    log_likelihood: float
+    """Mean over the images, up to the constant of ``Estimate.log_likelihood``."""
+
+    @property
+    def is_at_end(self) -> bool:
+        return min(abs(self.power - end) for end in POWERS) <= _POWER_TOLERANCE
+
+
+def fit_power(scores: Scores, log_prior: Floats, log_shares: Floats) -> PowerEstimate:
+    """Of all priors that are a power of ``shares``, the one under which the unlabelled images are most likely.
+
+    ``scores`` [N, K] carry ``log_prior``; ``log_shares``: float64 ``[K]``, such as those of train. EM (``fit_prior``)
+    chooses K shares and believes each class's own scores, which of rare classes are learned from a handful of images;
+    here all images together choose one number. The likelihood has one hill in all that was tried; it need not, so that
+    steps of 0.25 look for the highest one, and its slope is bisected there.
+    """
+    start, base = normalised(log_prior), normalised(log_shares)
+    base = np.where(np.isfinite(start), base, -np.inf)
+    likelihood = _likelihoods(scores, step(start, uniform(start)))
+    if not len(likelihood):
+        raise UsageError("a prior is estimated from images with scores; there is none")
+
+    def at(power: float) -> tuple[float, float]:
+        """The mean log-likelihood, and its slope."""
+        share = np.exp(_to_power(base, power))
+        after, mean_log = _expected(likelihood, share)
+        return mean_log, float((after - share) @ np.where(np.isfinite(base), base, 0.0))
+
+    if np.ptp(base[np.isfinite(base)]) < _SAME:  # every power of equal shares is the same
+        return PowerEstimate(log_prior=base, power=1.0, log_likelihood=at(1.0)[0])
+    powers = np.arange(POWERS[0], POWERS[1] + _POWER_STEP / 2, _POWER_STEP).tolist()
+    told = [at(power) for power in powers]
+    best = max(range(len(powers)), key=lambda i: told[i][0])
+    low = powers[best] if told[best][1] > 0 else powers[best] - _POWER_STEP
+    low, high = max(low, POWERS[0]), min(low + _POWER_STEP, POWERS[1])
+    while high - low > _POWER_TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > 0 else (low, middle)
+    power = (low + high) / 2
+    return PowerEstimate(log_prior=_to_power(base, power), power=power, log_likelihood=at(power)[0])
+
+
+def _to_power(log_shares: Floats, power: float) -> Floats:
+    """Normalised; what cannot occur stays so, whatever the power."""
+    possible = np.isfinite(log_shares)
+    return normalised(np.where(possible, power * np.where(possible, log_shares, 0.0), -np.inf))
