@@ -64,7 +64,7 @@ def check_size(model: nn.Module, side: int, batch_size: int, *, trains: bool = T
     shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     images = torch.empty(batch_size, 3, side, side, device="meta")
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
             functional_call(model.train(trains), shapes, (images,))
     except (RuntimeError, ValueError, AssertionError) as error:  # each model has its own way
         raise UsageError(
