@@ -34,7 +34,7 @@ from tiny_snapshot import write_snapshot
 
 from pipeline.learn import checkpoints, ledger, ranks, recipe, scoring, stepping, trainer
 
-STAGES = "natural:6 -> balanced:4:crt:loss=weighted:lr=0.01 -> balanced:0:tau=0.5 -> natural:2:lr=0.01"
+STAGES = "natural:6 -> balanced:4:crt:loss=weighted:lr=0.01 -> balanced:0:tau=0.5 -> natural:2:lr=0.01:loss=auc"
 NUM_DRAWS = {0: 6 * 93, 1: 4 * 115, 3: 2 * 93}
 BATCH = 24
 FOLLOW_S, HANG_S = 20.0, 120.0
