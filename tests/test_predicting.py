@@ -17,7 +17,7 @@ from serial_engine import serial_engine
 from tiny_snapshot import COUNTS, write_snapshot
 
 from pipeline.cli import cli, run
-from pipeline.errors import StoreError, UsageError
+from pipeline.errors import NotFoundError, StoreError
 from pipeline.learn import predicting
 from pipeline.learn.recipe import Recipe, parse_stages
 from pipeline.learn.trainer import train
@@ -119,7 +119,7 @@ def test_a_split_other_than_test_is_named(tmp_path: Path) -> None:
 
 def test_without_an_image_to_predict_nothing_is_begun(tmp_path: Path) -> None:
     snapshot = write_snapshot(tmp_path / "root", {**COUNTS, "test": (0,) * 6})
-    with pytest.raises(UsageError, match="nothing could be predicted"):
+    with pytest.raises(NotFoundError, match="nothing could be predicted"):
         train(recipe(snapshot, tmp_path / "out", split="train", predictions=True))
     assert not (tmp_path / "out").exists()
 

@@ -178,9 +178,12 @@ def test_a_network_that_is_no_number_is_not_scored(snapshot: Snapshot, tmp_path:
 def test_what_a_later_stage_lacks_is_told_before_the_first(
     stages: str, more: dict[str, Any], hint: str, snapshot: Snapshot, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=hint):
+    with pytest.raises(EvenshardError, match=hint) as caught:
         train(recipe(snapshot, tmp_path / "out", stages, **more), observe=lambda _: pytest.fail("it trained"))
     assert not (tmp_path / "out").exists()
+    assert caught.value.exit_code == (1 if "draws" in hint else 2), (
+        "what the counts decide could not be done; the rest is wrong"
+    )
 
 
 def test_sizes_are_checked_without_a_change() -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.errors import UsageError
+from pipeline.errors import NotFoundError
 from pipeline.learn.checkpoints import write_whole
 from pipeline.learn.objectives import training_of
 from pipeline.learn.ranks import Ranks
@@ -41,7 +41,7 @@ def splits_of(snapshot: Snapshot) -> list[str]:
     """What is predicted: val, from which thresholds are taken, and test."""
     if found := [name for name in ("val", "test") if name in snapshot.record.samples]:
         return found
-    raise UsageError(
+    raise NotFoundError(
         f"snapshot {snapshot.number} has no image outside train, so nothing could be predicted: build it with a test "
         "split, or leave out --predictions"
     )

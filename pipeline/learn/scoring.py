@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import EvenshardError, UsageError
+from pipeline.errors import EvenshardError, NotFoundError
 from pipeline.learn import metrics
 from pipeline.learn.ranks import Ranks
 from pipeline.learn.recipe import Recipe
@@ -43,7 +43,7 @@ def evaluation_split(snapshot: Snapshot, wanted: str | None) -> str:
     """The split asked for, else val, else test."""
     there = [name for name in ("val", "test") if name in snapshot.record.samples]
     if wanted is None and not there:
-        raise UsageError(
+        raise NotFoundError(
             f"snapshot {snapshot.number} has no image outside train, so nothing could be measured: build it with a "
             "test split, or name --split train"
         )

@@ -156,7 +156,7 @@ class _Training:
             if stage.uses_head:
                 models.head_of(self.model, self.num_classes)
             if stage.epochs and manifest.num_draws < recipe.batch_size:
-                raise UsageError(
+                raise EvenshardError(
                     f"stage {stage} draws {manifest.num_draws} images an epoch, fewer than batch_size "
                     f"{recipe.batch_size}: lower it, or use a manifest with higher targets"
                 )
