@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,15 @@ TINY_TRAINING = ("--model", "small_cnn", "--side", "16", "--batch-size", "8", "-
 # Seeded and free of the clock, like every test here: a failure seen once is seen again.
 settings.register_profile("evenshard", derandomize=True, deadline=None, database=None)
 settings.load_profile("evenshard")
+
+
+@pytest.fixture
+def cycles_wait() -> Iterator[None]:
+    """No cycle is collected: finalizers of another test's objects (sessions of stores) must not run where a document
+    that is nested too deeply has used up the stack, nor fail there and blame a third test."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -85,6 +85,7 @@ def test_decode_undoes_encode_whatever_the_numbers(name: str, draws: int, size: 
     assert decode(encode(document), "x") == document
 
 
+@pytest.mark.usefixtures("cycles_wait")
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -120,6 +120,7 @@ def test_a_changed_value_is_named_as_damage() -> None:
         decode_record(data, "here")
 
 
+@pytest.mark.usefixtures("cycles_wait")
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{", b'{"a": 1, "a": 2}', b"[" * 100_000])
 def test_what_is_no_record_is_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError, match="here is damaged"):

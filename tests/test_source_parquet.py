@@ -157,6 +157,7 @@ def test_columns_are_chosen_by_metadata_then_by_name_then_by_kind() -> None:
     assert choose_columns(pa.schema([("x", pa.binary()), ("label", pa.string())]), Fields(), "t").image == "x"
 
 
+@pytest.mark.usefixtures("cycles_wait")
 @pytest.mark.parametrize(
     "metadata", [b"", b"{", b"[]", b'{"info": 3}', b"[" * 100_000, b'{"info": {"features": {"label": 1}}}']
 )

@@ -187,6 +187,7 @@ def test_a_label_is_a_text_or_a_field_of_json(label: str, found: str) -> None:
     assert offered(samples(make_tar(*BOTH), label=label, image="jpg")) == {"t.tar/a.jpg": (found, b"A")}
 
 
+@pytest.mark.usefixtures("cycles_wait")
 @pytest.mark.parametrize(
     ("json", "label", "part"),
     [

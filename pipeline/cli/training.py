@@ -71,7 +71,8 @@ def train_options(function: Any) -> Any:
         "train ROOT --stage natural:20 --stage balanced:5 --out DIR",
         "train ROOT --stage natural:20 --stage balanced:5 --out DIR --resume",
         "train ROOT --stage natural:20 --loss balanced-softmax --out DIR2",
-        "train ROOT --stage natural:20 --stage balanced:5:crt --out DIR3 --predictions",
+        "train ROOT --stage natural:20 --stage balanced:5:crt --out DIR3",
+        "train ROOT --stage natural:20 --out DIR4 --predictions",
     )
 )
 @click.argument("root")
