@@ -3,12 +3,17 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.ingest.shards import TarWriter, leaves, shard_hash, tar_header
+from pipeline.ingest.shards import KeptIndexes, TarWriter, leaves, shard_hash, tar_header
 from pipeline.ingest.tar_writer import sample_headers
+from pipeline.ingest.units import Pack
+from pipeline.schema import INDEX, FileRef, index_path
+from pipeline.store import Store, table_to_ipc
 
 MEMBERS = [
     ("00ff.cls", b"7"),
@@ -129,3 +134,63 @@ def test_splits_and_seeds_have_tries_of_their_own() -> None:
     key = np.arange(100, dtype=np.uint64)
     hashes = [shard_hash(key, split=split, seed=seed) for split in ("train", "val") for seed in (0, 1)]
     assert len({tuple(np.argsort(value).tolist()) for value in hashes}) == 4
+
+
+# ---- Indexes that are read again and again
+
+
+class Indexes:
+    """A store that counts what is read, with an index of each size."""
+
+    def __init__(self, root: Path, *sizes: int) -> None:
+        self.store = Store.open(str(root))
+        self.reads: list[str] = []
+        self.packs = [self._put(number, size) for number, size in enumerate(sizes)]
+        read = self.store.read
+
+        def counted(path: str) -> bytes:
+            self.reads.append(path)
+            return read(path)
+
+        self.store.read = counted  # type: ignore[method-assign]
+
+    def _put(self, number: int, num_rows: int) -> Pack:
+        columns = {
+            field.name: pa.array([f"{number:016x}"] * num_rows)
+            if pa.types.is_string(field.type)
+            else pa.array([bytes(32)] * num_rows, field.type)
+            if pa.types.is_fixed_size_binary(field.type)
+            else pa.array([number] * num_rows, field.type)
+            for field in INDEX
+        }
+        data = table_to_ipc(pa.table(columns, schema=INDEX))
+        digest = hashlib.sha256(data).hexdigest()
+        self.store.put(index_path(digest), data)
+        tar, index = (FileRef(sha256=digest, size=size, num_rows=num_rows) for size in (1, len(data)))
+        return Pack(tar, index)
+
+
+def test_a_large_index_is_read_once_and_a_small_one_each_time(tmp_path: Path) -> None:
+    made = Indexes(tmp_path, 100, 5)
+    kept = KeptIndexes(max_bytes=1 << 20, min_bytes=5_000)
+    for _ in range(3):
+        tables = [kept.read(made.store, pack) for pack in made.packs]
+        assert [(table.num_rows, table["class_id"][0].as_py()) for table in tables] == [(100, 0), (5, 1)]
+    large, small = (index_path(pack.index.sha256) for pack in made.packs)
+    assert sorted(made.reads) == sorted([large, *[small] * 3])
+    assert kept.used_bytes == kept.read(made.store, made.packs[0]).nbytes
+
+
+def test_kept_indexes_never_hold_more_than_they_may(tmp_path: Path) -> None:
+    """Also in turns through more of them than have room, where some are still found."""
+    made = Indexes(tmp_path, *[100] * 6)
+    size = KeptIndexes(min_bytes=0).read(made.store, made.packs[0]).nbytes
+    made.reads.clear()
+    kept = KeptIndexes(max_bytes=4 * size + size // 2, min_bytes=0)
+    for _ in range(40):
+        for number, pack in enumerate(made.packs):
+            assert kept.read(made.store, pack)["class_id"][0].as_py() == number
+            assert kept.used_bytes <= 4 * size
+    assert kept.used_bytes == 4 * size
+    assert 6 < len(made.reads) < 180, "of 240"
+    assert KeptIndexes(max_bytes=size - 1, min_bytes=0).read(made.store, made.packs[0]).num_rows == 100

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
+import threading
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,7 @@ from pipeline.images import Facts, ImageRejected, Inspection, Inspector
 from pipeline.ingest.source_reader import SourceReader
 from pipeline.ingest.tar_writer import TarWriter, tar_header
 from pipeline.ingest.trie import Leaf, leaves, shard_hash
-from pipeline.ingest.units import Repack, Unit, UnitRecord, index_keys, put_unit_record, read_index
+from pipeline.ingest.units import Pack, Repack, Unit, UnitRecord, index_keys, put_unit_record, read_index
 from pipeline.schema import HASHED_INDEX, INDEX, FileRef, Reason, index_path, tar_path
 from pipeline.store import ShardReader, Store, read_image, table_to_ipc
 
@@ -178,7 +180,7 @@ def repack(root: str, unit: Repack, *, attempt: int) -> Iterator[int | UnitRecor
 def _rows_of(unit: Repack, store: Store) -> tuple[pa.Table, list[str]]:
     """The index rows of a shard, sorted by key, as they are to be but for their offsets; and each one's tar."""
     columns = (HASHED_INDEX if unit.hashed else INDEX).names
-    parts = (read_index(store, part.pack).select(columns).take(pa.array(part.rows)) for part in unit.parts)
+    parts = (_KEPT.read(store, part.pack).select(columns).take(pa.array(part.rows)) for part in unit.parts)
     table = pa.concat_tables(parts)
     tars = [tar_path(part.pack.tar.sha256) for part in unit.parts for _ in range(len(part.rows))]
     table = _with_column(table, "class_id", pa.array(unit.class_id))
@@ -186,6 +188,45 @@ def _rows_of(unit: Repack, store: Store) -> tuple[pa.Table, list[str]]:
     table = _with_column(table, "split", pa.repeat(pa.scalar(unit.split), table.num_rows))
     order = np.argsort(index_keys(table))
     return table.take(pa.array(order)), [tars[place] for place in order.tolist()]
+
+
+class KeptIndexes:
+    """Large indexes that this process has read and checked, up to ``max_bytes``.
+
+    A container of 100,000 images becomes rows of all final shards, so every shard would read its whole index again:
+    four fifths of what it takes to write them (docs/LOG.md). Small ones cost little to read again. Shards go through
+    all containers in turn, where throwing out the oldest would find nothing: any goes.
+    """
+
+    def __init__(self, max_bytes: int = 128 << 20, min_bytes: int = 1 << 20) -> None:
+        self._max_bytes, self._min_bytes = max_bytes, min_bytes
+        self._tables: dict[tuple[str, str], pa.Table] = {}
+        self._used = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    def read(self, store: Store, pack: Pack) -> pa.Table:
+        """``read_index``."""
+        key = store.url, pack.index.sha256
+        if (found := self._tables.get(key)) is not None:
+            return found
+        table = read_index(store, pack)
+        size = int(table.nbytes)
+        if self._min_bytes <= size <= self._max_bytes:
+            with self._lock:
+                while self._used + size > self._max_bytes:
+                    other = random.choice(list(self._tables))
+                    self._used -= int(self._tables.pop(other).nbytes)
+                if key not in self._tables:
+                    self._tables[key] = table
+                    self._used += size
+        return table
+
+
+_KEPT = KeptIndexes()
 
 
 def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
