@@ -218,7 +218,7 @@ def test_a_class_that_cannot_occur_stays_impossible_under_every_power() -> None:
     carries = np.array([np.log(0.3), np.log(0.3), np.log(0.4), -np.inf])
     found = fit_power(Scores(values=np.random.default_rng(0).normal(size=(50, 4))), carries, log_shares)
     assert np.isneginf(found.log_prior).tolist() == [False, False, True, True]
-    assert np.isfinite(found.log_likelihood)
+    assert np.isfinite(found.power)
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])

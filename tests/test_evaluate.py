@@ -311,6 +311,10 @@ def test_power_finds_how_flat_the_images_are_and_moves_scores_there(snapshot: Sn
     best = grid[int(np.abs(means - np.log(counts[truth]).mean()).argmin())]
     assert float(found[1]) == pytest.approx(best, abs=0.011)
     assert variant.notes[1] == "power: not checked, as the file has no row of val"
+    only_largest = np.tile(30.0 * np.eye(K)[int(counts.argmax())], (len(rows), 1))
+    table = {"key": table["key"], "scores": only_largest.tolist()}
+    variant = evaluate(snapshot, write(tmp_path / "q.parquet", table), priors=["power"], allow=["missing"]).variants[1]
+    assert "2.00 (1: as in train, 0: uniform), an end of where it is looked for" in variant.notes[0]
 
 
 @pytest.mark.parametrize("is_good", [True, False])

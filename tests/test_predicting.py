@@ -119,6 +119,8 @@ def test_a_split_other_than_test_is_named(tmp_path: Path) -> None:
 
 def test_without_an_image_to_predict_nothing_is_begun(tmp_path: Path) -> None:
     snapshot = write_snapshot(tmp_path / "root", {**COUNTS, "test": (0,) * 6})
+    with pytest.raises(NotFoundError, match="nothing could be measured: build it with a test split"):
+        train(recipe(snapshot, tmp_path / "out"))
     with pytest.raises(NotFoundError, match="nothing could be predicted"):
         train(recipe(snapshot, tmp_path / "out", split="train", predictions=True))
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from pipeline.learn.checkpoints import write_whole
 from pipeline.learn.objectives import training_of
 from pipeline.learn.ranks import Ranks
 from pipeline.learn.recipe import Recipe
-from pipeline.learn.scoring import logits_on
+from pipeline.learn.scoring import held_out, logits_on
 from pipeline.snapshot import Snapshot
 from pipeline.stream.loader import EvaluationLoader
 
@@ -39,7 +39,7 @@ Rows = tuple[list[str], Logits]  # keys, and logits [N, K]
 
 def splits_of(snapshot: Snapshot) -> list[str]:
     """What is predicted: val, from which thresholds are taken, and test."""
-    if found := [name for name in ("val", "test") if name in snapshot.record.samples]:
+    if found := held_out(snapshot):
         return found
     raise NotFoundError(
         f"snapshot {snapshot.number} has no image outside train, so nothing could be predicted: build it with a test "

@@ -149,7 +149,8 @@ def estimate_prior(logits: Logits, *, tolerance: float = 1e-6, max_steps: int = 
 
     Saerens, Latinne and Decaestecker, Neural Computation 14 (2002): starting from the prior that the logits carry,
     predict under the current estimate, take the mean prediction as the next one. It ascends the likelihood, and is as
-    good as the logits are calibrated: set their temperature first. Rare classes often end near 0.
+    good as the logits are calibrated; on long tails dividing them by a temperature made it worse (docs/LOG.md). Rare
+    classes often end near 0.
     """
     return fit_prior(Scores(values=logits.values), logits.log_prior, tolerance=tolerance, max_steps=max_steps)
 
@@ -223,8 +224,6 @@ class PowerEstimate:
     log_prior: Floats
     power: float
     """0: all classes are equally frequent, 1: as they were, at an end of ``POWERS``: none of these fits."""
-    log_likelihood: float
-    """Mean over the images, up to the constant of ``Estimate.log_likelihood``."""
 
     @property
     def is_at_end(self) -> bool:
@@ -252,7 +251,7 @@ def fit_power(scores: Scores, log_prior: Floats, log_shares: Floats) -> PowerEst
         return mean_log, float((after - share) @ np.where(np.isfinite(base), base, 0.0))
 
     if np.ptp(base[np.isfinite(base)]) < _SAME:  # every power of equal shares is the same
-        return PowerEstimate(log_prior=base, power=1.0, log_likelihood=at(1.0)[0])
+        return PowerEstimate(log_prior=base, power=1.0)
     powers = np.arange(POWERS[0], POWERS[1] + _POWER_STEP / 2, _POWER_STEP).tolist()
     told = [at(power) for power in powers]
     best = max(range(len(powers)), key=lambda i: told[i][0])
@@ -262,7 +261,7 @@ def fit_power(scores: Scores, log_prior: Floats, log_shares: Floats) -> PowerEst
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[1] > 0 else (low, middle)
     power = (low + high) / 2
-    return PowerEstimate(log_prior=_to_power(base, power), power=power, log_likelihood=at(power)[0])
+    return PowerEstimate(log_prior=_to_power(base, power), power=power)
 
 
 def _to_power(log_shares: Floats, power: float) -> Floats:

@@ -39,9 +39,14 @@ class Scored:
     """Predictions for a uniform prior; None where the prior of the logits is not known."""
 
 
+def held_out(snapshot: Snapshot) -> list[str]:
+    """Those of val and test that have images."""
+    return [name for name in ("val", "test") if name in snapshot.record.samples]
+
+
 def evaluation_split(snapshot: Snapshot, wanted: str | None) -> str:
     """The split asked for, else val, else test."""
-    there = [name for name in ("val", "test") if name in snapshot.record.samples]
+    there = held_out(snapshot)
     if wanted is None and not there:
         raise NotFoundError(
             f"snapshot {snapshot.number} has no image outside train, so nothing could be measured: build it with a "
