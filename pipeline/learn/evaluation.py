@@ -252,7 +252,8 @@ def _estimated(name: str, images: Labelled, prior: Floats, counts: Counts) -> tu
         return found.log_prior, f"{'converged' if found.converged else short} after {found.num_steps} steps"
     with np.errstate(divide="ignore"):
         fitted = fit_power(images.scores, prior, np.log(counts.natural))
-    end = ", an end of where it is looked for: train's shares say nothing of these images" if fitted.is_at_end else ""
+    advice = ", an end of where it is looked for: do not use it, the scores are too unsure or the images too different"
+    end = advice if fitted.is_at_end else ""
     return fitted.log_prior, f"train's shares to the power of {fitted.power:.2f} (1: as in train, 0: uniform){end}"
 
 
